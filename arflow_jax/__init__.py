@@ -1,0 +1,7 @@
+"""Autoregressive flow image models in JAX: ARFlow and its flow-matching core.
+
+Importing this package imports nothing else; take what you need from the
+sub-packages: `arflow_jax.arflow`, `arflow_jax.flow`, `arflow_jax.kernels`, ...
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The trajectory-sequence branch: ARFlow (arXiv 2501.16085)."""

@@ -1,0 +1,242 @@
+"""The ARFlow network (arXiv 2501.16085, section 3; sizes as published).
+
+A latent flow transformer over a *sequence* of images of one class, noisiest
+first. Each block has hybrid attention (softmax inside an image, a gated linear
+state across images) and a feed-forward layer, both modulated by adaLN-Zero from
+the class and the image's own time. Training feeds whole sequences; sampling
+feeds one image per call and carries the state of every layer along: the same
+code, with the state passed in and returned.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from arflow_jax.errors import ConfigError
+from arflow_jax.kernels import hybrid_attention
+from arflow_jax.nn import layers, patches
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """Everything that fixes the parameters of an `ARFlow` and how it computes.
+
+  Attributes:
+    image_size: side of the (latent) images.
+    channels: C, channels of the (latent) images.
+    patch_size: side of a patch; divides `image_size`.
+    width: E, features of a token; a multiple of 4 and of `num_heads`.
+    depth: number of blocks.
+    num_heads: H, heads of the hybrid attention.
+    num_classes: classes; label `num_classes` is the null class.
+    learn_sigma: the published networks compute 2C output channels and drop the
+      last C; True keeps their parameter count.
+    dtype: type of the matrix products, "float32" or "bfloat16".
+    remat: what the backward pass recomputes: "none", "full" (each block from
+      its input) or "dots" (all but the outputs of the weight products: little
+      memory, little work).
+    attention: implementation of the hybrid attention, or None for the best.
+  """
+
+  image_size: int
+  channels: int
+  patch_size: int
+  width: int
+  depth: int
+  num_heads: int
+  num_classes: int
+  learn_sigma: bool = True
+  dtype: str = "float32"
+  remat: str = "dots"
+  attention: str | None = None
+
+  def __post_init__(self):
+    if self.image_size % self.patch_size:
+      raise ConfigError(
+        f"model.patch_size={self.patch_size} does not divide the image size"
+        f" {self.image_size}; choose a divisor"
+      )
+    if self.width % self.num_heads or self.width % 4:
+      raise ConfigError(
+        f"model.width={self.width} must be a multiple of 4 and of"
+        f" model.num_heads={self.num_heads}"
+      )
+    if self.dtype not in ("float32", "bfloat16"):
+      raise ConfigError(
+        f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'"
+      )
+
+  @property
+  def side(self) -> int:
+    """Patches along one side of an image; N is its square."""
+    return self.image_size // self.patch_size
+
+
+State = Float[Array, "L B H D D"]
+
+
+_REMAT = {
+  "none": lambda f: f,
+  "dots": functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  ),
+  "full": jax.checkpoint,
+}
+
+
+class HybridAttention(nnx.Module):
+  """Attention sub-layer: projections, gates and norms around the operator."""
+
+  def __init__(self, shape: Shape, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    self.shape = shape
+    kwargs = dict(use_bias=False, dtype=dtype, rngs=rngs)
+    width = shape.width
+    axes = ("embed", "heads")
+    self.q_proj = layers.linear(width, width, axes, **kwargs)
+    self.k_proj = layers.linear(width, width, axes, **kwargs)
+    self.v_proj = layers.linear(width, width, axes, **kwargs)
+    self.gate_proj = layers.linear(width, width, axes, **kwargs)
+    self.decay_proj = layers.linear(
+      width, shape.num_heads, ("embed", None), **kwargs
+    )
+    self.out_proj = layers.linear(width, width, ("heads", "embed"), **kwargs)
+
+  def __call__(
+    self,
+    u: Float[Array, "B S N E"],
+    c: Float[Array, "B S E"],
+    state: Float[Array, "B H D D"] | None,
+  ) -> tuple[Float[Array, "B S N E"], Float[Array, "B H D D"]]:
+    """Attends inside each image and reads, then updates, the layer's state.
+
+    Args:
+      u: modulated tokens.
+      c: the raw condition of each image; it biases the decay of the state.
+      state: memory of the images before these; None stands for an empty one.
+    """
+    batch, images, tokens, width = u.shape
+    # q, k and v are normalised over the whole width, before the head split.
+    q, k, v = (
+      layers.rms_norm(proj(u)).reshape(batch, images * tokens, width)
+      for proj in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    # (u + c) W as two products: c has one row per image, not one per token.
+    logits = self.decay_proj(u) + self.decay_proj(c)[:, :, None]
+    log_gate = jax.nn.log_sigmoid(logits.astype(jnp.float32)) / 16
+    out, state = hybrid_attention.hybrid_attention(
+      q,
+      k,
+      v,
+      log_gate.reshape(batch, images * tokens, -1),
+      state,
+      num_chunks=images,
+      implementation=self.shape.attention,
+    )
+    heads = (batch, images, tokens, self.shape.num_heads, -1)
+    out = layers.rms_norm(out.reshape(heads)).reshape(u.shape)
+    return self.out_proj(out * jax.nn.silu(self.gate_proj(u))), state
+
+
+class Block(nnx.Module):
+  """adaLN-Zero transformer block with hybrid attention."""
+
+  def __init__(self, shape: Shape, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    self.modulation = layers.linear(
+      shape.width,
+      6 * shape.width,
+      (None, "embed"),
+      dtype=dtype,
+      rngs=rngs,
+      init=layers.zeros,
+    )
+    self.attention = HybridAttention(shape, dtype=dtype, rngs=rngs)
+    self.mlp = layers.FeedForward(shape.width, dtype=dtype, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, "B S N E"],
+    c: Float[Array, "B S E"],
+    state: Float[Array, "B H D D"] | None,
+  ) -> tuple[Float[Array, "B S N E"], Float[Array, "B H D D"]]:
+    mod = jnp.split(self.modulation(jax.nn.silu(c)), 6, axis=-1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = mod
+    u = layers.modulate(layers.layer_norm(x), shift1, scale1)
+    out, state = self.attention(u, c, state)
+    x += gate1[:, :, None] * out
+    u = layers.modulate(layers.layer_norm(x), shift2, scale2)
+    return x + gate2[:, :, None] * self.mlp(u), state
+
+
+class ARFlow(nnx.Module):
+  """The whole network: noisy image sequences in, velocities out."""
+
+  def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
+    self.shape = shape
+    self.dtype = dtype = jnp.dtype(shape.dtype)
+    features = shape.patch_size**2 * shape.channels
+    width = shape.width
+    kwargs = dict(dtype=dtype, rngs=rngs)
+    self.patch_embedding = layers.linear(
+      features, width, (None, "embed"), **kwargs
+    )
+    self.time_embedding = layers.TimeEmbedding(width, **kwargs)
+    self.label_embedding = layers.LabelEmbedding(
+      shape.num_classes, width, **kwargs
+    )
+
+    # The blocks are one module whose parameters have a leading layer axis.
+    @nnx.split_rngs(splits=shape.depth)
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
+    def stack(rngs):
+      return Block(shape, dtype=dtype, rngs=rngs)
+
+    self.blocks = stack(rngs)
+    zero = dict(init=layers.zeros, **kwargs)
+    self.final_modulation = layers.linear(
+      width, 2 * width, (None, "embed"), **zero
+    )
+    outputs = features * (2 if shape.learn_sigma else 1)
+    self.final_linear = layers.linear(width, outputs, ("embed", None), **zero)
+
+  def __call__(
+    self,
+    x: Float[Array, "B S h w C"],
+    t: Float[Array, "B S"],
+    labels: Int[Array, "B"],
+    state: State | None = None,
+  ) -> tuple[Float[Array, "B S h w C"], State]:
+    """Velocity of every image, and the state of every layer after the last.
+
+    Args:
+      x: noisy images, noisiest first.
+      t: the time of each image, 0 noise to 1 data.
+      labels: one class per sequence; `num_classes` is the null class.
+      state: what an earlier call returned, or None at the start of a sequence.
+
+    Returns:
+      float32 velocities shaped like `x`, and the state to pass to the next call
+      when the sequence goes on.
+    """
+    shape = self.shape
+    tokens = self.patch_embedding(patches.patchify(x, shape.patch_size))
+    table = patches.sincos_table(shape.side, shape.width)
+    tokens += table.astype(self.dtype)
+    c = self.time_embedding(t) + self.label_embedding(labels)[:, None]
+    graphdef, blocks = nnx.split(self.blocks)
+
+    def block(tokens, layer):
+      params, state = layer
+      return nnx.merge(graphdef, params)(tokens, c, state)
+
+    block = _REMAT[shape.remat](block)
+    tokens, state = jax.lax.scan(block, tokens, (blocks, state))
+    shift, scale = jnp.split(self.final_modulation(jax.nn.silu(c)), 2, axis=-1)
+    tokens = layers.modulate(layers.layer_norm(tokens), shift, scale)
+    out = self.final_linear(tokens)
+    out = patches.unpatchify(out, shape.patch_size, shape.side)
+    return out[..., : shape.channels].astype(jnp.float32), state

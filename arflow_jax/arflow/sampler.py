@@ -1,0 +1,146 @@
+"""Drawing images with ARFlow: one denoising trajectory, one carried memory.
+
+The images of the sequence are the successive states of the trajectory. Every
+network call advances the state of every layer, from zeros at the start; all
+steps are one `lax.scan`, so the whole loop is one compiled program.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from arflow_jax.arflow.network import ARFlow
+from arflow_jax.errors import ConfigError
+from arflow_jax.flow import guidance as guidance_lib
+from arflow_jax.flow import solvers
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How a trajectory is integrated; the defaults are the published ones.
+
+  Attributes:
+    method: "sde" (Euler-Maruyama) or "ode" (Euler).
+    num_steps: network evaluations per image, the last step included.
+    diffusion: form of the SDE's diffusion w(t).
+    diffusion_norm: factor on it.
+    last_step: how the SDE ends.
+    last_step_size: length of that step; the SDE stops at 1 minus this.
+    guidance: classifier-free guidance scale; 1 means none.
+    guidance_low: lower end of the times at which guidance applies. Outside, the
+      unconditional half is not computed and its memory stays as it is.
+    guidance_high: upper end of those times.
+    guidance_channels: guide the first this many channels; None guides all.
+  """
+
+  method: str = "sde"
+  num_steps: int = 250
+  diffusion: str = "sigma"
+  diffusion_norm: float = 1.0
+  last_step: str = "mean"
+  last_step_size: float = 0.04
+  guidance: float = 1.0
+  guidance_low: float = 0.0
+  guidance_high: float = 1.0
+  guidance_channels: int | None = None
+
+  def __post_init__(self):
+    if self.method not in ("sde", "ode"):
+      raise ConfigError(
+        f"sample.method={self.method!r} is unknown; choose 'sde' or 'ode'"
+      )
+    if self.num_steps < 2:
+      raise ConfigError(f"sample.num_steps={self.num_steps} must be at least 2")
+    if not 0 < self.last_step_size < 1:
+      raise ConfigError(
+        f"sample.last_step_size={self.last_step_size} must lie in (0, 1)"
+      )
+    if not self.diffusion_norm > 0:
+      raise ConfigError(
+        f"sample.diffusion_norm={self.diffusion_norm} must be positive"
+      )
+    solvers.check(self.diffusion, self.last_step)
+    self.classifier_free()  # checks itself
+
+  def classifier_free(self) -> guidance_lib.Guidance:
+    """The guidance these settings ask for."""
+    return guidance_lib.Guidance(
+      self.guidance,
+      (self.guidance_low, self.guidance_high),
+      self.guidance_channels,
+    )
+
+
+def guided_velocity(
+  network: ARFlow, labels: Int[Array, "B"], guidance: guidance_lib.Guidance
+) -> tuple[solvers.Velocity, Float[Array, "L R H D D"]]:
+  """The network as a velocity with carry, and the carry to start from.
+
+  The carry is the state of every layer for R rows: B without guidance, 2B with
+  it, the conditional memories first, then the unconditional ones.
+  """
+  shape = network.shape
+  batch = labels.shape[0]
+  null = jnp.full_like(labels, shape.num_classes)
+
+  def call(x, t, labels, state):
+    t = jnp.full((x.shape[0], 1), t)
+    v, state = network(x[:, None], t, labels, state)
+    return v[:, 0], state
+
+  def pair(x, t, state):
+    both = jnp.concatenate([labels, null])
+    v, state = call(jnp.concatenate([x, x]), t, both, state)
+    return v[:batch], v[batch:], state
+
+  def single(x, t, state):
+    v, cond = call(x, t, labels, state[:, :batch])
+    return v, jax.lax.dynamic_update_slice_in_dim(state, cond, 0, 1)
+
+  rows = batch if guidance.scale == 1 else 2 * batch
+  head = shape.width // shape.num_heads
+  state = jnp.zeros((shape.depth, rows, shape.num_heads, head, head))
+  return guidance_lib.guide(pair, single, guidance), state
+
+
+def sample(
+  network: ARFlow,
+  keys: Key[Array, "B"],
+  labels: Int[Array, "B"],
+  settings: Settings,
+) -> Float[Array, "B h w C"]:
+  """Draws one image (or latent) per key and label.
+
+  Args:
+    network: with the weights to sample from.
+    keys: one key per image: all its noise comes from it and from nothing else.
+    labels: classes; `num_classes` samples without a class.
+    settings: the integrator and its guidance.
+  """
+  shape = network.shape
+  image = (shape.image_size, shape.image_size, shape.channels)
+
+  def noise(i):
+    draw = lambda key: jax.random.normal(jax.random.fold_in(key, i), image)
+    return jax.vmap(draw)(keys)
+
+  velocity, state = guided_velocity(network, labels, settings.classifier_free())
+  start = noise(0)
+  if settings.method == "ode":
+    times = jnp.linspace(0.0, 1.0, settings.num_steps + 1)
+    return solvers.euler(velocity, start, state, times)[0]
+  times = jnp.linspace(0.0, 1.0 - settings.last_step_size, settings.num_steps)
+  x, _ = solvers.euler_maruyama(
+    velocity,
+    start,
+    state,
+    times,
+    lambda i: noise(i + 1),
+    diffusion=settings.diffusion,
+    diffusion_norm=settings.diffusion_norm,
+    last_step=settings.last_step,
+    last_step_size=settings.last_step_size,
+  )
+  return x

@@ -1,0 +1,106 @@
+"""What all mains share: flags, one-line errors, a light start.
+
+Nothing heavy is imported before the flags are parsed, so `--help` and usage
+errors answer at once.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+
+from absl import flags
+from ml_collections import config_flags
+
+from arflow_jax.config import nearest
+from arflow_jax.errors import ConfigError
+
+
+_required: list[str] = []
+
+
+def require(name: str) -> None:
+  """Makes a flag one that must be given."""
+  _required.append(name)
+
+
+def define_config() -> None:
+  """Defines `--config=FILE.py:VARIANT` with `--config.key=value` overrides."""
+  config_flags.DEFINE_config_file(
+    "config", None, "Config file and variant, e.g. configs/arflow.py:digits."
+  )
+  require("config")
+
+
+def define_workdir() -> None:
+  """Defines the required `--workdir`."""
+  flags.DEFINE_string(
+    "workdir", None, "Directory of the run: checkpoints, metrics, samples."
+  )
+  require("workdir")
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses the flags, runs `main` and exits; errors a user can mend are a line.
+
+  Exit codes: 0 done, 1 an error, 2 a usage error.
+  """
+  if {"--help", "-help", "-h", "--helpshort"} & set(sys.argv[1:]):
+    print(sys.modules["__main__"].__doc__.strip())
+    print(flags.FLAGS.get_help_for_modules("", [sys.argv[0]]).rstrip())
+    sys.exit(0)
+  try:
+    _parse(sys.argv)
+  except (flags.Error, ConfigError) as error:
+    _fail(error, 2)
+  try:
+    main()
+  except (ConfigError, FloatingPointError) as error:
+    _fail(error, 1)
+
+
+def _parse(argv: list[str]) -> None:
+  try:
+    unexpected = flags.FLAGS(argv)[1:]
+    if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+      flags.FLAGS.config.branch  # noqa: B018 - reports a file that did not load
+  except flags.UnrecognizedFlagError as error:
+    name = error.flagname
+    known = [f"--{flag}" for flag in flags.FLAGS]
+    hint = nearest(f"--{name}", known)
+    raise ConfigError(f"unknown flag --{name}{hint}") from None
+  except (AttributeError, KeyError) as error:
+    raise _unknown_key(argv, str(error)) from None
+  except OSError as error:
+    reason = str(error).strip().splitlines()[-1].strip()
+    raise ConfigError(f"--config cannot be loaded: {reason}") from None
+  except flags.IllegalFlagValueError as error:
+    # An error inside the config file arrives with its whole stack trace.
+    reason = str(error).strip().splitlines()[-1]
+    raise ConfigError(re.sub(r"^[\w.]+Error: ", "", reason)) from None
+  if unexpected:
+    raise ConfigError(
+      f"unexpected argument {unexpected[0]!r}; flags look like --name=value"
+    )
+  for name in _required:
+    if flags.FLAGS[name].value is None:
+      raise ConfigError(f"--{name} is required; see --help")
+
+
+def _unknown_key(argv: list[str], message: str) -> ConfigError:
+  """ml_collections names the wrong part and the nearest; we add the whole."""
+  match = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message)
+  if not match:
+    return ConfigError(" ".join(message.split()))
+  right, wrong = match.groups()
+  for argument in argv[1:]:
+    key = argument.lstrip("-").partition("=")[0]
+    if wrong in key.split("."):
+      return ConfigError(
+        f"unknown config key --{key}; did you mean {right} instead of {wrong}?"
+      )
+  return ConfigError(f"unknown config key {wrong}; did you mean {right}?")
+
+
+def _fail(error: object, code: int) -> None:
+  print(f"error: {error}", file=sys.stderr)
+  sys.exit(code)

@@ -1,0 +1,133 @@
+"""The configuration tree: its defaults, and what a relaunch may change.
+
+Config files in `configs/` start from `default_config` and fill in a branch's
+`model` and `sample` groups. Nothing here imports JAX.
+"""
+
+import difflib
+import json
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from arflow_jax.errors import ConfigError
+
+# What a relaunch may change; every other key shapes the result and is frozen.
+FREE = (
+  "steps",
+  "data.dir",
+  "data.workers",
+  "mesh",
+  "checkpoint",
+  "eval",
+  "sample",
+  "log",
+)
+
+
+def default_config() -> ConfigDict:
+  """The groups every branch shares; `model` and `sample` are the branch's."""
+  config = ConfigDict()
+  config.branch = config_dict.placeholder(str)  # a name in `branches.py`
+  config.seed = 0
+  config.steps = 400_000  # optimiser steps in all
+  config.batch_size = 256  # training items per step, over all devices
+  config.model = ConfigDict()
+
+  config.data = data = ConfigDict()
+  data.source = "latents"  # a name in `data/sources.py`, `name:argument`
+  data.dir = config_dict.placeholder(str)
+  data.sequence_length = 1  # images of one class per training item
+  data.flip = False  # mirror each image with probability 1/2
+  data.workers = 0  # loader processes; 0 uses threads
+
+  config.optimizer = optimizer = ConfigDict()  # AdamW
+  optimizer.peak_lr = 1e-4
+  optimizer.schedule = "constant"  # or "cosine", down to 1% at decay_steps
+  optimizer.warmup_steps = 0
+  optimizer.decay_steps = config_dict.placeholder(int)
+  optimizer.b1 = 0.9
+  optimizer.b2 = 0.95
+  optimizer.eps = 1e-8
+  optimizer.weight_decay = 0.0
+  optimizer.clip = "none"  # or "value", "global_norm"
+  optimizer.clip_threshold = 1.0
+  optimizer.accumulation = 1  # micro-batches per step
+
+  config.ema = ConfigDict({"decay": 0.9999})
+  # Sizes of the mesh axes; data=-1 takes all devices that are left.
+  config.mesh = ConfigDict({"data": -1, "fsdp": 1})
+  config.checkpoint = checkpoint = ConfigDict()
+  checkpoint.every = 10_000  # steps between checkpoints
+  checkpoint.keep = 3  # the newest this many stay
+  checkpoint.keep_every = config_dict.placeholder(int)  # and every k-th step
+  # For data that `evaluate` can judge in pixel space.
+  config.eval = ConfigDict({"num_samples": 400})
+  config.sample = ConfigDict()
+  config.log = ConfigDict({"every": 100})  # steps between progress lines
+  return config
+
+
+def dumps(config: ConfigDict) -> str:
+  """The config as JSON text, the form stored with every checkpoint."""
+  return json.dumps(config.to_dict(), indent=2)
+
+
+def loads(text: str) -> ConfigDict:
+  """Inverse of `dumps`; the result is locked."""
+  return ConfigDict(json.loads(text)).lock()
+
+
+def check_relaunch(
+  stored: ConfigDict, config: ConfigDict, workdir: str
+) -> None:
+  """Raises ConfigError where `config` changes a frozen key of a stored run."""
+  old, new = flatten(stored.to_dict()), flatten(config.to_dict())
+  changed = [
+    f"{key} (stored {old.get(key)!r}, now {new.get(key)!r})"
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+    and not any(key == free or key.startswith(free + ".") for free in FREE)
+  ]
+  if changed:
+    raise ConfigError(
+      f"{workdir} holds a run of another config; frozen keys differ: "
+      + ", ".join(changed)
+      + ". Restore these values or choose another --workdir"
+    )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested dictionaries to one, with dotted keys."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def nearest(key: str, known: list[str]) -> str:
+  """A hint naming the known key most like an unknown one, or nothing."""
+  matches = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+  return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def update(group: ConfigDict, overrides: dict[str, Any], name: str) -> None:
+  """Sets keys of a group, with one clear error for an unknown key or type."""
+  for key, value in overrides.items():
+    if key not in group:
+      raise ConfigError(f"{name}.{key} is unknown{nearest(key, list(group))}")
+    try:
+      group[key] = value
+    except TypeError as error:
+      raise ConfigError(f"{name}.{key}={value!r}: {error}") from None
+
+
+def positive(config: ConfigDict, *keys: str) -> None:
+  """Raises ConfigError unless each dotted key holds a number above zero."""
+  flat = flatten(config.to_dict())
+  for key in keys:
+    if not flat[key] > 0:
+      raise ConfigError(f"{key}={flat[key]} must be positive")

@@ -1,0 +1,1 @@
+"""Image sources, class-grouped sequences and the input pipeline. No JAX."""

@@ -1,0 +1,51 @@
+"""Training items: sequences of distinct images of one class, by index.
+
+Item i is a pure function of (seed, i), so the position in the data is one
+integer and every process can make any row of any batch. As published (ARFlow,
+arXiv 2501.16085): a class uniformly, then images of it without replacement.
+"""
+
+import numpy as np
+
+from arflow_jax.data.sources import Source
+from arflow_jax.errors import ConfigError
+
+
+class ClassSequences:
+  """Random access to an endless stream of class-grouped sequences.
+
+  Args:
+    source: the labelled images.
+    length: images per sequence, all of one class and all distinct.
+    seed: of the whole stream.
+    flip: mirror each image with probability 1/2, independently.
+
+  Raises:
+    ConfigError: a class with fewer than `length` images.
+  """
+
+  def __init__(self, source: Source, length: int, seed: int, flip: bool):
+    if length < 1:
+      raise ConfigError(f"data.sequence_length={length} must be at least 1")
+    self._source, self._length = source, length
+    self._seed, self._flip = seed, flip
+    classes = range(len(source.class_names))
+    self._members = [np.flatnonzero(source.labels == c) for c in classes]
+    for name, members in zip(source.class_names, self._members):
+      if len(members) < length:
+        raise ConfigError(
+          f"class {name!r} has {len(members)} images, fewer than"
+          f" data.sequence_length={length}; shorten the sequences or add images"
+        )
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """Item `index`: `images [S, h, w, C]` float32 and `labels []` int32."""
+    rng = np.random.default_rng([self._seed, index])
+    label = rng.integers(len(self._members))
+    chosen = rng.choice(self._members[label], self._length, replace=False)
+    mirrored = rng.random(self._length) < 0.5
+    images = np.stack([self._source[i] for i in chosen])
+    if self._flip:
+      flipped = images[:, :, ::-1]
+      images = np.where(mirrored[:, None, None, None], flipped, images)
+    return {"images": images, "labels": np.int32(label)}

@@ -1,0 +1,35 @@
+"""Judges the images of a run: how many are recognised, how far from real ones.
+
+  python -m arflow_jax.evaluate --workdir=DIR --guidance=1.0,1.5,2.5
+
+Per guidance, the share of samples to which a classifier trained on the real
+training images gives the asked class, and the Frechet distance in pixel space
+to the images the model never saw, beside that of real training images.
+"""
+
+from absl import flags
+
+from arflow_jax import cli
+from arflow_jax.errors import ConfigError
+
+
+def main() -> None:
+  args = flags.FLAGS
+  try:
+    scales = [float(scale) for scale in args.guidance]
+  except ValueError as error:
+    raise ConfigError(f"--guidance={args.guidance}: {error}") from None
+  from arflow_jax.metrics import report
+  from arflow_jax.sampling import run
+
+  report.evaluate_run(
+    args.workdir, scales, run.parse_overrides(args.set), seed=args.seed
+  )
+
+
+if __name__ == "__main__":
+  cli.define_workdir()
+  flags.DEFINE_list("guidance", ["1.0", "1.5"], "Guidance scales to compare.")
+  flags.DEFINE_multi_string("set", [], "KEY=VALUE of the run's sample config.")
+  flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+  cli.run(main)

@@ -1,0 +1,1 @@
+"""Flow matching: paths, objectives, solvers, guidance. Knows no model."""

@@ -1,0 +1,124 @@
+"""Interpolation paths x_t = alpha(t) x1 + sigma(t) x0 from noise to data.
+
+`t = 0` is noise (x0), `t = 1` is data (x1). The paths are those of stochastic
+interpolants (SiT, arXiv 2401.08740, section 2): linear, generalised
+variance-preserving (GVP) and variance-preserving diffusion (VP). Conversions
+between velocity and score follow from the path's four coefficients.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_VP_BETA_MIN = 0.1
+_VP_BETA_MAX = 20.0
+
+Coefficient = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+  """Coefficients of one path; each maps times in [0, 1] to same-shaped values.
+
+  Attributes:
+    name: `linear`, `gvp` or `vp`.
+    alpha: weight of the data, 0 (VP: nearly 0) at t = 0 and 1 at t = 1.
+    sigma: weight of the noise, 1 (VP: nearly 1) at t = 0 and 0 at t = 1.
+    d_alpha: derivative of alpha with respect to t.
+    d_sigma: derivative of sigma with respect to t.
+    d_alpha_over_alpha: their ratio, in the form that is stable near t = 0.
+  """
+
+  name: str
+  alpha: Coefficient
+  sigma: Coefficient
+  d_alpha: Coefficient
+  d_sigma: Coefficient
+  d_alpha_over_alpha: Coefficient
+
+  def interpolate(
+    self,
+    x0: Float[Array, "*lead h w C"],
+    x1: Float[Array, "*lead h w C"],
+    t: Float[Array, "*lead"],
+  ) -> tuple[Float[Array, "*lead h w C"], Float[Array, "*lead h w C"]]:
+    """Returns the noisy sample x_t and its velocity dx_t/dt.
+
+    Args:
+      x0: standard normal noise; leading axes are `B` or `B S`.
+      x1: data, same shape.
+      t: one time in [0, 1] per image.
+    """
+    t = expand_times(t, x1)
+    x = self.alpha(t) * x1 + self.sigma(t) * x0
+    v = self.d_alpha(t) * x1 + self.d_sigma(t) * x0
+    return x, v
+
+  def score_from_velocity(
+    self,
+    v: Float[Array, "*lead h w C"],
+    x: Float[Array, "*lead h w C"],
+    t: Float[Array, "*lead"],
+  ) -> Float[Array, "*lead h w C"]:
+    """Score grad log p_t(x) that belongs to velocity `v` at `x` (SiT eq. 9)."""
+    t = expand_times(t, x)
+    if self.name == "linear":  # closed form: no division by t
+      return (t * v - x) / (1 - t)
+    ratio = 1 / self.d_alpha_over_alpha(t)
+    sigma = self.sigma(t)
+    return (ratio * v - x) / (sigma**2 - ratio * self.d_sigma(t) * sigma)
+
+
+def expand_times(
+  t: Float[Array, "*lead"], x: Float[Array, "*shape"]
+) -> Float[Array, "*expanded"]:
+  """Appends singleton axes to `t` until it broadcasts against `x`."""
+  return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def _vp_log_alpha(t: jax.Array) -> jax.Array:
+  span = _VP_BETA_MAX - _VP_BETA_MIN
+  return -0.25 * (1 - t) ** 2 * span - 0.5 * (1 - t) * _VP_BETA_MIN
+
+
+def _vp_d_log_alpha(t: jax.Array) -> jax.Array:
+  return 0.5 * (1 - t) * (_VP_BETA_MAX - _VP_BETA_MIN) + 0.5 * _VP_BETA_MIN
+
+
+def _vp_sigma(t: jax.Array) -> jax.Array:
+  return jnp.sqrt(-jnp.expm1(2 * _vp_log_alpha(t)))
+
+
+LINEAR = Path(
+  name="linear",
+  alpha=lambda t: t,
+  sigma=lambda t: 1 - t,
+  d_alpha=jnp.ones_like,
+  d_sigma=lambda t: -jnp.ones_like(t),
+  d_alpha_over_alpha=lambda t: 1 / t,
+)
+
+GVP = Path(
+  name="gvp",
+  alpha=lambda t: jnp.sin(jnp.pi / 2 * t),
+  sigma=lambda t: jnp.cos(jnp.pi / 2 * t),
+  d_alpha=lambda t: jnp.pi / 2 * jnp.cos(jnp.pi / 2 * t),
+  d_sigma=lambda t: -jnp.pi / 2 * jnp.sin(jnp.pi / 2 * t),
+  d_alpha_over_alpha=lambda t: jnp.pi / (2 * jnp.tan(jnp.pi / 2 * t)),
+)
+
+VP = Path(
+  name="vp",
+  alpha=lambda t: jnp.exp(_vp_log_alpha(t)),
+  sigma=_vp_sigma,
+  d_alpha=lambda t: jnp.exp(_vp_log_alpha(t)) * _vp_d_log_alpha(t),
+  d_sigma=lambda t: (
+    -jnp.exp(2 * _vp_log_alpha(t)) * _vp_d_log_alpha(t) / _vp_sigma(t)
+  ),
+  d_alpha_over_alpha=_vp_d_log_alpha,
+)
+
+PATHS = {path.name: path for path in (LINEAR, GVP, VP)}

@@ -1,0 +1,1 @@
+"""Accelerated operators, one folder each. Knows no layer."""

@@ -1,0 +1,8 @@
+"""Softmax attention inside an image plus a gated linear read of earlier ones.
+
+The public operator is `hybrid_attention`; one file per implementation.
+"""
+
+from arflow_jax.kernels.hybrid_attention.api import hybrid_attention
+
+__all__ = ["hybrid_attention"]

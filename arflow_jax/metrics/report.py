@@ -1,0 +1,46 @@
+"""The table that `evaluate` prints."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from arflow_jax.metrics.pixels import PixelEvaluator, Score
+from arflow_jax.sampling import run as run_lib
+
+
+def evaluate_run(
+  workdir: str,
+  guidance: Sequence[float],
+  overrides: dict[str, Any],
+  seed: int = 0,
+) -> dict[float, Score]:
+  """Scores a run at each guidance scale and prints the table as it grows.
+
+  Raises:
+    ConfigError: no run, data that cannot be judged, settings out of range.
+  """
+  run = run_lib.restore(workdir)
+  generators = {
+    scale: run.generator(overrides | {"guidance": scale}, seed)
+    for scale in guidance
+  }
+  evaluator = PixelEvaluator(run.config)
+  count, real = len(evaluator.labels), evaluator.real
+  print(
+    f"weights of step {run.step}; {count} samples per guidance\n"
+    f"the classifier is right on {evaluator.heldout:.4f} of the held-out images"
+    f"\n\n{'':16}{'recognised':>12}{'distance':>10}{'x real':>8}"
+  )
+  scores = {}
+
+  def row(name: str, score: Score) -> None:
+    ratio = score.distance / real.distance
+    print(
+      f"{name:16}{score.recognised:12.4f}{score.distance:10.3f}{ratio:8.2f}",
+      flush=True,
+    )
+
+  row("real images", real)
+  for scale, generator in generators.items():
+    scores[scale] = evaluator.score(generator.blocks)
+    row(f"guidance {scale:g}", scores[scale])
+  return scores

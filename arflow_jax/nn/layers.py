@@ -1,0 +1,143 @@
+"""The building blocks of every branch: projections, norms, embeddings, MLP.
+
+Projections carry the names of their axes (`axes` in the variable's metadata:
+`embed`, `heads`, `mlp`, ...); which mesh axis a name maps to is decided in
+`arflow_jax.parallel`, never here.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+Initializer = nnx.initializers.Initializer
+
+xavier = nnx.initializers.xavier_uniform()
+zeros = nnx.initializers.zeros_init()
+normal = nnx.initializers.normal(0.02)
+
+
+def linear(
+  inputs: int,
+  outputs: int,
+  axes: tuple[str | None, str | None],
+  *,
+  dtype: jnp.dtype,
+  rngs: nnx.Rngs,
+  use_bias: bool = True,
+  init: Initializer = xavier,
+) -> nnx.Linear:
+  """A projection with float32 parameters and products in `dtype`.
+
+  Args:
+    inputs: size of the last axis going in.
+    outputs: size of the last axis coming out.
+    axes: logical names of the kernel's two axes.
+    dtype: type of the matrix product; float32 asks for full precision, which
+      accelerators would otherwise round.
+    rngs: source of the initial values.
+    use_bias: whether a bias, zero at first, is added.
+    init: initial values of the kernel.
+  """
+  return nnx.Linear(
+    inputs,
+    outputs,
+    use_bias=use_bias,
+    dtype=dtype,
+    precision="highest" if dtype == jnp.float32 else None,
+    kernel_init=init,
+    kernel_metadata={"axes": axes},
+    bias_metadata={"axes": axes[1:]},
+    rngs=rngs,
+  )
+
+
+def rms_norm(x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:
+  """Root-mean-square norm over the last axis, no gain, eps 1e-6, in float32."""
+  x32 = x.astype(jnp.float32)
+  scale = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + 1e-6)
+  return (x32 * scale).astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:
+  """Layer norm over the last axis, no affine, eps 1e-6, in float32."""
+  x32 = x.astype(jnp.float32)
+  x32 -= jnp.mean(x32, -1, keepdims=True)
+  scale = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + 1e-6)
+  return (x32 * scale).astype(x.dtype)
+
+
+def modulate(
+  x: Float[Array, "*lead N E"],
+  shift: Float[Array, "*lead E"],
+  scale: Float[Array, "*lead E"],
+) -> Float[Array, "*lead N E"]:
+  """adaLN modulation `x (1 + scale) + shift`, the same for every token."""
+  return x * (1 + scale[..., None, :]) + shift[..., None, :]
+
+
+def timestep_features(
+  t: Float[Array, "*lead"], features: int, max_period: float = 10000.0
+) -> Float[Array, "*lead F"]:
+  """Sinusoidal features of times: cosines first, then sines (DiT).
+
+  `t` is used as given: callers that count in thousandths scale it themselves.
+  An odd number of features ends in one zero.
+  """
+  half = features // 2
+  frequencies = jnp.exp(
+    -math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half
+  )
+  angles = t[..., None].astype(jnp.float32) * frequencies
+  out = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+  return jnp.pad(out, [(0, 0)] * t.ndim + [(0, features % 2)])
+
+
+class TimeEmbedding(nnx.Module):
+  """Times to vectors: sinusoidal features, then a two-layer SiLU MLP (DiT)."""
+
+  features = 256
+
+  def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    self.fc1 = linear(
+      self.features, width, (None, "embed"), dtype=dtype, rngs=rngs, init=normal
+    )
+    self.fc2 = linear(
+      width, width, (None, "embed"), dtype=dtype, rngs=rngs, init=normal
+    )
+
+  def __call__(self, t: Float[Array, "*lead"]) -> Float[Array, "*lead E"]:
+    return self.fc2(jax.nn.silu(self.fc1(timestep_features(t, self.features))))
+
+
+class LabelEmbedding(nnx.Module):
+  """Classes to vectors; row `num_classes` is the null class."""
+
+  def __init__(
+    self, num_classes: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+  ):
+    self.dtype = dtype
+    self.table = nnx.Param(
+      normal(rngs.params(), (num_classes + 1, width), jnp.float32),
+      axes=(None, "embed"),
+    )
+
+  def __call__(self, labels: Int[Array, "*lead"]) -> Float[Array, "*lead E"]:
+    return self.table[...][labels].astype(self.dtype)
+
+
+class FeedForward(nnx.Module):
+  """Two projections with a tanh-form GELU between, four times as wide."""
+
+  def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    self.fc1 = linear(
+      width, 4 * width, ("embed", "mlp"), dtype=dtype, rngs=rngs
+    )
+    self.fc2 = linear(
+      4 * width, width, ("mlp", "embed"), dtype=dtype, rngs=rngs
+    )
+
+  def __call__(self, x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:
+    return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))

@@ -1,0 +1,1 @@
+"""The device mesh and the table from logical axes to mesh axes."""

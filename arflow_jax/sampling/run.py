@@ -1,0 +1,120 @@
+"""A trained run ready to draw from: `restore(workdir).generator(...)`."""
+
+import ast
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from ml_collections import ConfigDict
+
+from arflow_jax import branches
+from arflow_jax import config as config_lib
+from arflow_jax.errors import ConfigError
+from arflow_jax.sampling import images, writers
+from arflow_jax.training import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The averaged weights of a run's newest good checkpoint, with its config."""
+
+  config: ConfigDict
+  branch: branches.Branch
+  params: Any
+  step: int
+
+  def generator(
+    self, overrides: dict[str, Any] | None = None, seed: int = 0
+  ) -> images.Generator:
+    """A generator with the run's sample settings, some of them changed.
+
+    Raises:
+      ConfigError: an unknown key, or a value out of range.
+    """
+    sample = self.config.sample.copy_and_resolve_references().unlock()
+    config_lib.update(sample, overrides or {}, "sample")
+    return images.Generator(
+      self.branch,
+      self.params,
+      self.branch.settings(sample),
+      block_size=sample.block_size,
+      seed=seed,
+    )
+
+
+def restore(workdir: str) -> Run:
+  """Restores the averaged weights of a run; training may go on meanwhile.
+
+  Raises:
+    ConfigError: no readable checkpoint there.
+  """
+  config = checkpoint.read_config(workdir)
+  branch = branches.build(config)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
+    jax.eval_shape(branch.init, jax.random.key(0)),
+  )
+  params, step = checkpoint.restore_ema(workdir, abstract)
+  return Run(config, branch, params, step)
+
+
+def sample_to_file(
+  workdir: str,
+  out: str,
+  *,
+  labels: str,
+  per_label: int,
+  overrides: dict[str, Any],
+  seed: int = 0,
+  overwrite: bool = False,
+) -> None:
+  """Draws `per_label` images of each of `labels` (such as "0-9") into `out`.
+
+  Raises:
+    ConfigError: an output in the way, unknown labels or settings, no run.
+  """
+  writers.check_output(out, overwrite)
+  classes = images.parse_labels(labels)
+  run = restore(workdir)
+  images.check_labels(np.array(classes), run.branch.num_classes)
+  generator = run.generator(overrides, seed)
+  every = np.repeat(classes, per_label)
+  print(
+    f"drawing {len(every)} images with the weights of step {run.step}",
+    flush=True,
+  )
+
+  def blocks():
+    with tqdm.tqdm(total=len(every), unit="image") as bar:
+      for block in generator.blocks(every):
+        bar.update(len(block))
+        yield block
+
+  names = ["none" if c == run.branch.num_classes else str(c) for c in classes]
+  writers.write(out, blocks(), every, names, per_label)
+
+
+def parse_overrides(
+  assignments: Sequence[str], guidance: float | None = None
+) -> dict[str, Any]:
+  """`["num_steps=50", "method=ode"]` to typed values.
+
+  Raises:
+    ConfigError: text without an equals sign.
+  """
+  overrides = {}
+  for text in assignments:
+    key, equals, value = text.partition("=")
+    if not equals:
+      raise ConfigError(f"--set={text} must look like --set=KEY=VALUE")
+    try:
+      overrides[key] = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      overrides[key] = value  # a bare word is text
+  if guidance is not None:
+    overrides["guidance"] = guidance
+  return overrides

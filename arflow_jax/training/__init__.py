@@ -1,0 +1,1 @@
+"""Training any branch: state, step, optimiser, checkpoints, telemetry, loop."""

@@ -1,0 +1,148 @@
+"""The training loop: restore or begin, step, report, save, stop cleanly."""
+
+import math
+import signal
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from arflow_jax import branches
+from arflow_jax import config as config_lib
+from arflow_jax.data import pipeline
+from arflow_jax.parallel import mesh as mesh_lib
+from arflow_jax.training import checkpoint, optimizer, state, telemetry
+
+
+def train(config: ConfigDict, workdir: str) -> int:
+  """Trains until `config.steps`, resuming from the newest checkpoint.
+
+  SIGTERM or SIGINT saves after the step in progress and returns.
+
+  Args:
+    config: the full config; see `config.FREE` for what a relaunch may change.
+    workdir: the run's directory.
+
+  Returns:
+    Steps done in all.
+
+  Raises:
+    ConfigError: settings that cannot work, or a frozen key changed.
+    FloatingPointError: a loss or gradient that is not finite.
+  """
+  _check(config)
+  if checkpoint.steps(workdir):
+    stored = checkpoint.read_config(workdir)
+    config_lib.check_relaunch(stored, config, workdir)
+  branch = branches.build(config)
+  micro_batch = config.batch_size // max(config.optimizer.accumulation, 1)
+  mesh = mesh_lib.make_mesh(config.mesh, micro_batch)
+  tx = optimizer.make_optimizer(config.optimizer, branch.axes)
+  train_step = state.make_train_step(branch, tx, config)
+  saver = checkpoint.Checkpoints(workdir, config)
+  current = saver.restore(state.abstract_state(branch, tx, mesh))
+  if current is None:
+    current = state.init_state(branch, tx, mesh, jax.random.key(config.seed))
+  start = int(current.step)
+  if start >= config.steps:
+    print(f"{workdir} is finished: {start} of {config.steps} steps done")
+    return start
+  batches = pipeline.train_batches(
+    config, start, jax.process_index(), jax.process_count()
+  )
+  sharding = mesh_lib.batch_sharding(mesh)
+  if start:
+    print(f"resuming {workdir} after step {start}")
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(current.params))
+  print(
+    f"{config.branch} with {parameters:,} parameters on"
+    f" {mesh.devices.size} {jax.devices()[0].platform} device(s);"
+    " compiling the train step ...",
+    flush=True,
+  )
+  images = config.batch_size * config.data.sequence_length
+  log = telemetry.Telemetry(workdir, start, config.steps, images)
+  pending: list[tuple[int, Any]] = []
+  last_good = start or None
+
+  def flush() -> dict[str, float]:
+    """Fetches the metrics of the steps since the last call and checks them."""
+    values = jax.device_get([metrics for _, metrics in pending])
+    for (step, _), metrics in zip(pending, values):
+      for name, value in metrics.items():
+        if not math.isfinite(value):
+          saver.close()
+          kept = (
+            f"the last good checkpoint is step {last_good} in {workdir}"
+            if last_good
+            else "no checkpoint was saved yet"
+          )
+          raise FloatingPointError(
+            f"{name} is {value} at step {step}; {kept}. Lower"
+            " optimizer.peak_lr, or clip the gradients, in a new --workdir"
+          )
+    pending.clear()
+    count = len(values)
+    return {k: float(sum(v[k] for v in values)) / count for k in values[0]}
+
+  with _StopSignals() as stop:
+    for step in range(start + 1, config.steps + 1):
+      batch = jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(sharding, rows),
+        next(batches),
+      )
+      current, metrics = train_step(current, batch)
+      pending.append((step, metrics))
+      done = step == config.steps or stop.requested
+      if step == start + 1:
+        log.report(step, flush())
+        log.start_clock(step)
+      elif step % config.log.every == 0 or done:
+        log.report(step, flush())
+      if step % config.checkpoint.every == 0 or done:
+        if pending:
+          flush()
+        saver.save(step, current)
+        last_good = step
+      if done:
+        break
+  saver.close()
+  log.close()
+  if step < config.steps:
+    print(f"stopped on request after step {step}, saved; relaunch to go on")
+  else:
+    print(f"finished {step} steps; checkpoints in {workdir}/checkpoints")
+  return step
+
+
+def _check(config: ConfigDict) -> None:
+  config_lib.positive(
+    config,
+    "steps",
+    "batch_size",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "log.every",
+  )
+
+
+class _StopSignals:
+  """Turns SIGTERM and SIGINT into a request to stop after the current step."""
+
+  def __init__(self):
+    self.requested = False
+    self._before = {}
+
+  def _request(self, number, frame):
+    if self.requested:  # the second one means it
+      raise KeyboardInterrupt
+    self.requested = True
+
+  def __enter__(self):
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._before[number] = signal.signal(number, self._request)
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)

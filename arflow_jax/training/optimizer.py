@@ -1,0 +1,84 @@
+"""AdamW as both papers' code uses it: clipping, decay groups, schedules."""
+
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from arflow_jax.config import positive
+from arflow_jax.errors import ConfigError
+
+
+def learning_rate(optimizer: ConfigDict) -> optax.Schedule:
+  """Linear warm-up, then constant, or cosine down to 1% at `decay_steps`.
+
+  The schedule never looks at the number of steps to run, so that a run can be
+  continued for longer without changing what it did.
+  """
+  peak, warmup = optimizer.peak_lr, optimizer.warmup_steps
+  if optimizer.schedule == "constant":
+    after = optax.constant_schedule(peak)
+  elif optimizer.schedule == "cosine":
+    if not optimizer.decay_steps or optimizer.decay_steps <= warmup:
+      raise ConfigError(
+        f"optimizer.decay_steps={optimizer.decay_steps} must exceed"
+        f" optimizer.warmup_steps={warmup} for schedule 'cosine'"
+      )
+    span = optimizer.decay_steps - warmup
+    after = optax.cosine_decay_schedule(peak, span, alpha=0.01)
+  else:
+    raise ConfigError(
+      f"optimizer.schedule={optimizer.schedule!r} is unknown; choose"
+      " 'constant' or 'cosine'"
+    )
+  # The first step already moves: its rate is peak / warmup.
+  ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+  return optax.join_schedules([ramp, after], [warmup])
+
+
+def decay_mask(axes: Any) -> Any:
+  """True where weight decay applies: parameters of two or more own axes.
+
+  The published grouping (ndim >= 2) on unstacked shapes: kernels and embedding
+  tables decay, biases do not. `axes` names each parameter's own axes, without
+  the layer axis that stacking adds.
+  """
+  is_leaf = lambda leaf: isinstance(leaf, tuple)
+  return jax.tree.map(lambda names: len(names) >= 2, axes, is_leaf=is_leaf)
+
+
+def make_optimizer(
+  optimizer: ConfigDict, axes: Any
+) -> optax.GradientTransformation:
+  """Clipping, then AdamW with decoupled decay (`p -= lr (m / v + wd p)`).
+
+  Args:
+    optimizer: the config group.
+    axes: logical axes of every parameter.
+
+  Raises:
+    ConfigError: an unknown schedule or clip, or a value out of range.
+  """
+  positive(ConfigDict({"optimizer": optimizer}), "optimizer.peak_lr")
+  clips = {
+    "none": lambda threshold: optax.identity(),
+    "value": optax.clip,
+    "global_norm": optax.clip_by_global_norm,
+  }
+  if optimizer.clip not in clips:
+    raise ConfigError(
+      f"optimizer.clip={optimizer.clip!r} is unknown; choose from"
+      f" {sorted(clips)}"
+    )
+  return optax.chain(
+    clips[optimizer.clip](optimizer.clip_threshold),
+    optax.adamw(
+      learning_rate(optimizer),
+      b1=optimizer.b1,
+      b2=optimizer.b2,
+      eps=optimizer.eps,
+      weight_decay=optimizer.weight_decay,
+      mask=decay_mask(axes),
+    ),
+  )

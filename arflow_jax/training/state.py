@@ -1,0 +1,137 @@
+"""The train state, and one jitted step for any branch.
+
+Random keys are folded from (seed, step, row of the global batch), so that noise
+and label dropout belong to the item, however the batch is split over devices or
+micro-batches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key
+from ml_collections import ConfigDict
+
+from arflow_jax.branches import Branch
+from arflow_jax.errors import ConfigError
+from arflow_jax.parallel import mesh as mesh_lib
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that training carries from step to step."""
+
+  step: Int[Array, ""]  # optimiser steps done: also the data position
+  params: Any
+  ema: Any  # exponential moving average of params, for sampling
+  optimizer: Any
+
+
+def abstract_state(
+  branch: Branch, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Shapes, types and shardings of the whole train state; allocates nothing."""
+  params = jax.eval_shape(branch.init, jax.random.key(0))
+  shardings = mesh_lib.param_shardings(branch.axes, params, mesh)
+  whole = mesh_lib.replicated(mesh)
+
+  def place(array, sharding):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+  params = jax.tree.map(place, params, shardings)
+  moments = optax.tree_utils.tree_map_params(
+    optimizer,
+    place,
+    jax.eval_shape(optimizer.init, params),
+    shardings,
+    transform_non_params=lambda array: place(array, whole),
+  )
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+  return TrainState(step=step, params=params, ema=params, optimizer=moments)
+
+
+def init_state(
+  branch: Branch,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  key: Key[Array, ""],
+) -> TrainState:
+  """A fresh train state, made straight into its shards."""
+
+  def init(key):
+    params = branch.init(key)
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      ema=params,
+      optimizer=optimizer.init(params),
+    )
+
+  abstract = abstract_state(branch, optimizer, mesh)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  return jax.jit(init, out_shardings=shardings)(key)
+
+
+def item_keys(seed: int, step: Int[Array, ""], rows: int) -> Key[Array, "B"]:
+  """One key per row of the global batch of one step."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+
+
+def make_train_step(
+  branch: Branch, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Builds `step(state, batch) -> (state, metrics)`, jitted; donates `state`.
+
+  Metrics are the `loss` and the `grad_norm` before clipping, scalars.
+
+  Raises:
+    ConfigError: micro-batches that do not divide the batch.
+  """
+  parts = config.optimizer.accumulation
+  if parts < 1 or config.batch_size % parts:
+    raise ConfigError(
+      f"optimizer.accumulation={parts} does not divide"
+      f" batch_size={config.batch_size}"
+    )
+  decay = config.ema.decay
+  if not 0 <= decay < 1:
+    raise ConfigError(f"ema.decay={decay} must lie in [0, 1)")
+
+  def loss_and_grads(params, batch, keys):
+    mean = lambda params: jnp.mean(branch.loss(params, batch, keys))
+    return jax.value_and_grad(mean)(params)
+
+  def accumulate(params, batch, keys):
+    # Micro-batch i takes rows i, i + parts, ...: each device keeps its rows.
+    def deal(x):
+      return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    def add(total, micro):
+      part = loss_and_grads(params, *micro)
+      return jax.tree.map(lambda a, b: a + b / parts, total, part), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    micro = (jax.tree.map(deal, batch), deal(keys))
+    return jax.lax.scan(add, zeros, micro)[0]
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    keys = item_keys(config.seed, state.step, config.batch_size)
+    compute = loss_and_grads if parts == 1 else accumulate
+    loss, grads = compute(state.params, batch, keys)
+    updates, moments = optimizer.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    state = TrainState(
+      step=state.step + 1, params=params, ema=ema, optimizer=moments
+    )
+    return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+
+  return jax.jit(step, donate_argnums=0)

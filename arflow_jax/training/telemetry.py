@@ -1,0 +1,86 @@
+"""What a run says of itself: progress lines, a metrics file, TensorBoard.
+
+clu's TensorBoard writer needs TensorFlow. Where that is absent the run says so
+once and keeps to the console and `metrics.jsonl`.
+"""
+
+import json
+import os
+import pathlib
+import time
+
+from absl import logging
+
+
+class Telemetry:
+  """Progress on the console and metrics in the run's directory.
+
+  Args:
+    workdir: the run's directory, made if need be.
+    start: steps done before this launch.
+    total: steps when the run is finished.
+    images_per_step: for the images/s figure.
+  """
+
+  def __init__(
+    self, workdir: str, start: int, total: int, images_per_step: int
+  ):
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    self._file = (folder / "metrics.jsonl").open("a")
+    self._writer = _tensorboard(folder)
+    self._total, self._images = total, images_per_step
+    self._first = self._last = start
+    self._clock = self._begin = None
+
+  def start_clock(self, step: int) -> None:
+    """Starts timing after `step`: the first step compiles and is left out."""
+    self._clock = self._begin = time.monotonic()
+    self._first = self._last = step
+
+  def report(self, step: int, metrics: dict[str, float]) -> None:
+    """Writes one progress line and one record; `metrics` are scalars."""
+    now = time.monotonic()
+    line = f"step {step:>{len(str(self._total))}}/{self._total}"
+    line += f"  loss {metrics['loss']:.4f}"
+    if self._clock is not None and step > self._last:
+      rate = (step - self._last) * self._images / (now - self._clock)
+      mean = (now - self._begin) / (step - self._first)
+      metrics = metrics | {"images_per_second": rate}
+      line += f"  {rate:,.0f} images/s"
+      line += f"  {_duration(mean * (self._total - step))} left"
+    self._clock, self._last = now, step
+    print(line, flush=True)
+    self._file.write(json.dumps({"step": step} | metrics) + "\n")
+    self._file.flush()
+    if self._writer:
+      self._writer.write_scalars(step, metrics)
+
+  def close(self) -> None:
+    self._file.close()
+    if self._writer:
+      self._writer.close()
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f"{hours}h{minutes:02}m"
+  return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def _tensorboard(folder: pathlib.Path):
+  # TensorFlow computes nothing here: this only spares its start-up chatter.
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  try:
+    from clu import metric_writers
+
+    return metric_writers.SummaryWriter(str(folder))
+  except ImportError:
+    logging.warning(
+      "TensorFlow is not installed: no TensorBoard files, metrics go to the"
+      " console and %s",
+      folder / "metrics.jsonl",
+    )
+    return None

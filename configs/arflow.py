@@ -1,0 +1,135 @@
+"""ARFlow (arXiv 2501.16085): digits, and every published size.
+
+Digits, on two CPU cores (the default variant):
+
+    python -m arflow_jax.train --config=configs/arflow.py:digits \\
+      --workdir=runs/digits
+
+Pixels of any TFDS directory of 32x32 images, here CIFAR-10:
+
+    python -m arflow_jax.train --config=configs/arflow.py:cifar10 \\
+      --config.data.dir=DIR --workdir=runs/cifar10
+
+Published networks and recipe, `imagenet{128,256}-{s,b,l,xl}{2,4,8}`:
+
+    python -m arflow_jax.bench --config=configs/arflow.py:imagenet256-xl2
+"""
+
+import re
+
+from ml_collections import ConfigDict, config_dict
+
+from arflow_jax.config import default_config
+from arflow_jax.errors import ConfigError
+
+# width, depth, heads (spec of the published code). XL has 18 heads of 64 with
+# patches of 2, and 16 of 72 otherwise.
+_SIZES = {
+  "s": (384, 12, 6),
+  "b": (768, 12, 12),
+  "l": (1024, 24, 16),
+  "xl": (1152, 28, 16),
+}
+
+
+def get_config(variant: str = "digits") -> ConfigDict:
+  """Returns the locked config of a variant."""
+  config = default_config()
+  config.branch = "arflow"
+  config.model = ConfigDict(
+    {
+      "image_size": 32,  # side of the (latent) images
+      "channels": 4,
+      "patch_size": 2,
+      "width": 1152,
+      "depth": 28,
+      "num_heads": 18,
+      "num_classes": 1000,
+      "learn_sigma": True,  # 2C output channels, half of them unused
+      "label_dropout": 0.1,
+      "dtype": "float32",  # of matrix products: or "bfloat16"
+      "remat": "dots",  # or "none", "full"
+      "attention": config_dict.placeholder(str),  # None: the best known
+    }
+  )
+  config.sample = ConfigDict(
+    {
+      "method": "sde",  # or "ode"
+      "num_steps": 250,  # network evaluations per image
+      "diffusion": "sigma",
+      "diffusion_norm": 1.0,
+      "last_step": "mean",
+      "last_step_size": 0.04,
+      "guidance": 1.5,
+      "guidance_low": 0.0,
+      "guidance_high": 1.0,
+      "guidance_channels": config_dict.placeholder(int),  # None: all
+      "block_size": 16,  # images per compiled call
+    }
+  )
+  config.data.sequence_length = 5
+  published = re.fullmatch(r"imagenet(128|256)-(s|b|l|xl)([248])", variant)
+  if variant == "digits":
+    _digits(config)
+  elif variant == "cifar10":
+    _cifar10(config)
+  elif published:
+    _published(config, int(published[1]), published[2], int(published[3]))
+  else:
+    raise ConfigError(
+      f"unknown variant {variant!r} of configs/arflow.py; choose digits,"
+      " cifar10 or imagenet{128,256}-{s,b,l,xl}{2,4,8}"
+    )
+  return config.lock()
+
+
+def _published(config: ConfigDict, pixels: int, size: str, patch: int) -> None:
+  model = config.model
+  model.image_size = pixels // 8
+  model.patch_size = patch
+  model.width, model.depth, model.num_heads = _SIZES[size]
+  if (size, patch) == ("xl", 2):
+    model.num_heads = 18
+  config.batch_size = 8
+  config.optimizer.weight_decay = 0.02
+  config.optimizer.clip = "value"
+  config.optimizer.clip_threshold = 3.0
+  config.data.flip = True
+  config.sample.guidance_channels = 3
+
+
+def _cifar10(config: ConfigDict) -> None:
+  model = config.model
+  model.image_size, model.channels, model.patch_size = 32, 3, 4
+  model.width, model.depth, model.num_heads = _SIZES["s"]
+  model.num_classes = 10
+  config.batch_size = 64
+  config.steps = 100_000
+  config.data.source = "tfds:cifar10"
+  config.data.flip = True
+  config.optimizer.weight_decay = 0.02
+  config.optimizer.clip = "value"
+  config.optimizer.clip_threshold = 3.0
+
+
+def _digits(config: ConfigDict) -> None:
+  model = config.model
+  model.image_size, model.channels, model.patch_size = 8, 1, 2
+  model.width, model.depth, model.num_heads = 96, 4, 6
+  model.num_classes = 10
+  model.learn_sigma = False
+  config.batch_size = 16
+  config.steps = 1500
+  config.data.source = "digits"
+  optimizer = config.optimizer
+  optimizer.peak_lr = 2e-3
+  optimizer.schedule = "cosine"
+  optimizer.warmup_steps = 100
+  optimizer.decay_steps = 1500
+  optimizer.weight_decay = 0.02
+  optimizer.clip = "global_norm"
+  config.ema.decay = 0.995
+  config.checkpoint.every = 500
+  config.sample.num_steps = 25
+  config.sample.block_size = 100
+  config.log.every = 50

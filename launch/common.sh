@@ -1,0 +1,26 @@
+# Sourced by the other launchers: makes .venv and keeps it in step with
+# requirements.txt. PYTHON names the interpreter to make it with.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python_for_venv() {
+  for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+      2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.11 or later found; set PYTHON=/path/to/python" >&2
+  return 1
+}
+
+if [ ! -x .venv/bin/python ]; then
+  interpreter=$(python_for_venv)
+  "$interpreter" -m venv .venv
+fi
+if ! cmp -s requirements.txt .venv/requirements.installed; then
+  echo "installing requirements.txt into .venv (a minute or two) ..."
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    -r requirements.txt
+  cp requirements.txt .venv/requirements.installed
+fi
