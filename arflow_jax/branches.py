@@ -4,7 +4,7 @@ A new family is one folder, one config file and one line here.
 """
 
 import importlib
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int, Key
@@ -18,6 +18,7 @@ Params = dict[str, Any]
 _BRANCHES = {"arflow": "arflow_jax.arflow.branch:ARFlowBranch"}
 
 
+@runtime_checkable
 class Branch(Protocol):
   """A family of models, built from a config. Parameters are plain pytrees.
 

@@ -14,7 +14,6 @@ from ml_collections import config_flags
 from arflow_jax.config import nearest
 from arflow_jax.errors import ConfigError
 
-
 _required: list[str] = []
 
 
@@ -45,8 +44,7 @@ def run(main: Callable[[], None]) -> None:
   Exit codes: 0 done, 1 an error, 2 a usage error.
   """
   if {"--help", "-help", "-h", "--helpshort"} & set(sys.argv[1:]):
-    print(sys.modules["__main__"].__doc__.strip())
-    print(flags.FLAGS.get_help_for_modules("", [sys.argv[0]]).rstrip())
+    print(_help())
     sys.exit(0)
   try:
     _parse(sys.argv)
@@ -56,6 +54,18 @@ def run(main: Callable[[], None]) -> None:
     main()
   except (ConfigError, FloatingPointError) as error:
     _fail(error, 1)
+
+
+def _help() -> str:
+  lines = [sys.modules["__main__"].__doc__.strip(), "", "flags:"]
+  modules = flags.FLAGS.flags_by_module_dict()
+  for module in (__name__, sys.argv[0]):
+    for flag in modules.get(module, []):
+      note = (
+        "required" if flag.name in _required else f"default {flag.default!r}"
+      )
+      lines.append(f"  --{flag.name:12} {flag.help} ({note})")
+  return "\n".join(lines)
 
 
 def _parse(argv: list[str]) -> None:

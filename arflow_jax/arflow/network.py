@@ -69,6 +69,10 @@ class Shape:
       raise ConfigError(
         f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'"
       )
+    if self.remat not in _REMAT:
+      raise ConfigError(
+        f"model.remat={self.remat!r} is unknown; choose from {sorted(_REMAT)}"
+      )
 
   @property
   def side(self) -> int:

@@ -5,6 +5,7 @@ batches that an uninterrupted run would have seen from step k on, whatever the
 number of processes or loader workers.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import grain
@@ -34,17 +35,27 @@ def train_batches(
     source, config.data.sequence_length, config.seed, config.data.flip
   )
   rows = config.batch_size // process_count
-
-  def item(local: int) -> dict[str, np.ndarray]:
-    step, row = divmod(local, rows)
-    return items[step * config.batch_size + process_index * rows + row]
-
+  local = _LocalRows(items, config.batch_size, rows, process_index * rows)
   stop = max(config.steps, start)
-  dataset = grain.MapDataset.range(start * rows, stop * rows)
-  dataset = dataset.map(item).batch(rows)
+  dataset = grain.MapDataset.range(start * rows, stop * rows).map(local)
+  dataset = dataset.batch(rows)
   if config.data.workers == 0:
     return iter(dataset.to_iter_dataset())
   if not flags.FLAGS.is_parsed():  # loader processes want parsed flags
     flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=config.data.workers)
   return iter(dataset.to_iter_dataset().mp_prefetch(options))
+
+
+@dataclasses.dataclass(frozen=True)
+class _LocalRows:
+  """Maps the count of items this process has seen to the global stream."""
+
+  items: sequences.ClassSequences
+  batch: int
+  rows: int
+  first: int
+
+  def __call__(self, local: int) -> dict[str, np.ndarray]:
+    step, row = divmod(local, self.rows)
+    return self.items[step * self.batch + self.first + row]

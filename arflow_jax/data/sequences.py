@@ -44,7 +44,7 @@ class ClassSequences:
     label = rng.integers(len(self._members))
     chosen = rng.choice(self._members[label], self._length, replace=False)
     mirrored = rng.random(self._length) < 0.5
-    images = np.stack([self._source[i] for i in chosen])
+    images = np.stack([self._source[int(i)] for i in chosen])
     if self._flip:
       flipped = images[:, :, ::-1]
       images = np.where(mirrored[:, None, None, None], flipped, images)

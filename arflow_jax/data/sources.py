@@ -6,7 +6,7 @@ directory in ArrayRecord form, without TensorFlow.
 
 import pathlib
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ Split = Literal["train", "heldout"]
 HELDOUT_DIGITS = 397
 
 
+@runtime_checkable
 class Source(Protocol):
   """Labelled images by index.
 

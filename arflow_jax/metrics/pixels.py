@@ -48,8 +48,8 @@ class PixelEvaluator:
       )
     train = sources.open_source(config, "train")
     heldout = sources.open_source(config, "heldout")
-    everything = _stack(train, range(len(train.labels)))
-    self._heldout = _stack(heldout, range(len(heldout.labels)))
+    everything = _stack(train)
+    self._heldout = _stack(heldout)
     self._recogniser = Recogniser(everything, train.labels)
     self.heldout = self._recogniser.accuracy(self._heldout, heldout.labels)
     each = count // classes
@@ -60,7 +60,9 @@ class PixelEvaluator:
         f"eval.num_samples={count} asks for {each} real images a class; some"
         f" class has only {min(map(len, members))}"
       )
-    chosen = np.concatenate([m[:each] for m in members])
+    # At random: neighbours in the file come from the same few writers.
+    rng = np.random.default_rng(0)
+    chosen = np.concatenate([rng.choice(m, each, False) for m in members])
     self.real = self._score(everything[chosen])
 
   def _score(self, images: Float[np.ndarray, "n h w C"]) -> Score:
@@ -79,5 +81,5 @@ class PixelEvaluator:
     return self._score((pixels.astype(np.float32) - 128) / 127.5)
 
 
-def _stack(source: sources.Source, indices) -> Float[np.ndarray, "n h w C"]:
-  return np.stack([source[i] for i in indices])
+def _stack(source: sources.Source) -> Float[np.ndarray, "n h w C"]:
+  return np.stack([source[i] for i in range(len(source.labels))])

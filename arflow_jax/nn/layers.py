@@ -125,7 +125,7 @@ class LabelEmbedding(nnx.Module):
     )
 
   def __call__(self, labels: Int[Array, "*lead"]) -> Float[Array, "*lead E"]:
-    return self.table[...][labels].astype(self.dtype)
+    return jnp.take(self.table[...], labels, axis=0).astype(self.dtype)
 
 
 class FeedForward(nnx.Module):

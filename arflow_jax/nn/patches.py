@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from arflow_jax.errors import ConfigError
+
 
 def patchify(
   images: Float[Array, "*lead h w C"], patch: int
@@ -38,10 +40,10 @@ def sincos_table(side: int, width: int) -> Float[jax.Array, "N E"]:
   each half holds sines, then cosines. Computed in float64, returned in float32.
 
   Raises:
-    ValueError: a width that four does not divide.
+    ConfigError: a width that four does not divide.
   """
   if width % 4:
-    raise ValueError(f"model.width={width} must be a multiple of 4")
+    raise ConfigError(f"model.width={width} must be a multiple of 4")
   frequencies = 10000.0 ** -(np.arange(width // 4) / (width / 4))
   angles = np.arange(side)[:, None] * frequencies
   axis = np.concatenate([np.sin(angles), np.cos(angles)], 1)

@@ -79,6 +79,7 @@ class Checkpoints:
     self._writer.save_checkpointables_async(
       step,
       {"state": state, "config": json.loads(config_lib.dumps(self._config))},
+      force=True,  # or Orbax skips a save while the one before is written
     )
 
   def close(self) -> None:

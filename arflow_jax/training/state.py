@@ -28,7 +28,7 @@ Metrics = dict[str, jax.Array]
 class TrainState:
   """Everything that training carries from step to step."""
 
-  step: Int[Array, ""]  # optimiser steps done: also the data position
+  step: Any  # int32 []: optimiser steps done, also the data position
   params: Any
   ema: Any  # exponential moving average of params, for sampling
   optimizer: Any
@@ -132,6 +132,6 @@ def make_train_step(
     state = TrainState(
       step=state.step + 1, params=params, ema=ema, optimizer=moments
     )
-    return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
   return jax.jit(step, donate_argnums=0)

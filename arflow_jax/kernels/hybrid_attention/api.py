@@ -4,14 +4,10 @@ ARFlow (arXiv 2501.16085), section 3.3: tokens attend with softmax inside their
 own image and read earlier images through a gated `D x D` state per head.
 """
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from arflow_jax.kernels.hybrid_attention import reference, xla
-
-Implementation = Literal["reference", "xla"]
 
 _IMPLEMENTATIONS = {
   "reference": reference.hybrid_attention,
@@ -27,7 +23,7 @@ def hybrid_attention(
   state: Float[Array, "B H D D"] | None = None,
   *,
   num_chunks: int,
-  implementation: Implementation | None = None,
+  implementation: str | None = None,
 ) -> tuple[Float[Array, "B T HD"], Float[Array, "B H D D"]]:
   """Softmax attention inside each chunk plus a gated read of earlier chunks.
 

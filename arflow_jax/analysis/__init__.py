@@ -1,0 +1,1 @@
+"""What a program costs: FLOPs and measured speed."""

@@ -1,0 +1,53 @@
+"""Floating-point operations of a program, counted on its jaxpr.
+
+Matrix products and convolutions only (2 per multiply-add), loops multiplied by
+their length: XLA's own count takes a loop body once.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def count(function: Callable[..., Any], *args: Any) -> int:
+  """FLOPs of one call of `function`; `args` may be `ShapeDtypeStruct`s.
+
+  Raises:
+    ValueError: a `while` loop, whose length the program does not tell.
+  """
+  return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _jaxpr(jaxpr) -> int:
+  return sum(_equation(equation) for equation in jaxpr.eqns)
+
+
+def _equation(equation) -> int:
+  name, params = equation.primitive.name, equation.params
+  if name == "dot_general":
+    (contracted, _), _ = params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    return (
+      2
+      * equation.outvars[0].aval.size
+      * math.prod(shape[axis] for axis in contracted)
+    )
+  if name == "conv_general_dilated":
+    kernel = equation.invars[1].aval
+    outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+    return 2 * equation.outvars[0].aval.size * kernel.size // outputs
+  if name == "cond":
+    return max(_jaxpr(branch.jaxpr) for branch in params["branches"])
+  inner = [_jaxpr(sub) for sub in _inner(params)]
+  if name == "while" and any(inner):
+    raise ValueError("cannot count a while loop: its length is not known")
+  return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _inner(params):
+  for value in params.values():
+    value = getattr(value, "jaxpr", value)  # closed jaxprs hold an open one
+    if hasattr(value, "eqns"):
+      yield value

@@ -1,0 +1,283 @@
+"""The ARFlow network against golden and reference values, and its promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from arflow_jax.arflow import weights
+from arflow_jax.arflow.network import ARFlow, Shape
+from arflow_jax.errors import ConfigError
+from configs.arflow import get_config
+from tests.arflow.helpers import GOLDEN, golden_state_dict, network, shape_of
+from tests.conftest import (
+  channels_first,
+  channels_last,
+  parity_files,
+  relative_error,
+)
+
+
+def test_golden_forward():
+  rs = np.random.RandomState(1234)
+  model = network(GOLDEN, golden_state_dict(rs))
+  x = rs.standard_normal((2, 5, 4, 8, 8)).astype(np.float32)
+  t = np.sort(rs.uniform(size=(2, 5)), axis=1).astype(np.float32)
+  np.testing.assert_allclose(
+    t[0], [0.23861, 0.25917, 0.41409, 0.54178, 0.72424], atol=1e-5
+  )
+  out, _ = jax.jit(lambda x, t, y: model(x, t, y))(
+    channels_last(x), t, jnp.array([3, 10])
+  )
+  out = channels_first(out)
+  first = [1.12574, -0.43765, 1.32091, 0.47348]
+  first += [1.49317, 0.24475, 0.03067, 0.95284]
+  last = [1.02688, 0.98067, -0.00677, 0.45474]
+  last += [0.35473, 0.74382, 0.36695, -0.04547]
+  np.testing.assert_allclose(out[0, 0, 0, 0], first, atol=1e-4)
+  np.testing.assert_allclose(out[1, 4, 3, 7], last, atol=1e-4)
+  np.testing.assert_allclose(out.mean(), 0.15519, atol=1e-4)
+  np.testing.assert_allclose(out.std(), 0.97680, atol=1e-4)
+  np.testing.assert_allclose(
+    out[0].std((1, 2, 3)),
+    [1.04737, 0.91723, 0.98403, 0.92520, 1.04987],
+    atol=1e-4,
+  )
+
+
+@pytest.mark.parametrize("path", parity_files("arflow_train_forward_*"))
+def test_train_forward_and_gradients(path, load_parity):
+  z = load_parity(path)
+  shape = shape_of(z.meta["constructor"])
+  state_dict = z.params()
+  graphdef, state = nnx.split(network(shape, state_dict), nnx.Param)
+  params = nnx.to_pure_dict(state)
+  x, w = channels_last(z["in/x"]), channels_last(z["in/w"])
+  t = z["in/t"]
+
+  def weighted(params, x, labels):
+    out, _ = nnx.merge(graphdef, nnx.State(params))(x, t, labels)
+    return jnp.sum(out * w), out
+
+  run = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True))
+  (total, out), (grads, grad_x) = run(params, x, jnp.asarray(z["in/y"]))
+  assert relative_error(channels_first(out), z["out/model_output"]) < 1e-5
+  assert relative_error(total, z["out/weighted_sum"]) < 1e-5
+  assert relative_error(channels_first(grad_x), z["out/grad_x"]) < 1e-4
+  dropped = jnp.asarray(z["out/label_drop_y"])
+  _, out = weighted(params, x, dropped)
+  wanted = z["out/model_output_label_drop"]
+  assert relative_error(channels_first(out), wanted) < 1e-5
+
+  # Published gradients travel through the same map as published weights; what
+  # the file does not hold in full is compared by its norm.
+  fill = {name: np.zeros_like(value) for name, value in state_dict.items()}
+  full = {
+    name.removeprefix("out/grad/"): z[name]
+    for name in z.names
+    if name.startswith("out/grad/")
+  }
+  assert full
+  for name, value in full.items():
+    one = weights.params_from_published(fill | {name: value})
+    mask = weights.params_from_published(fill | {name: np.ones_like(value)})
+    masked = jax.tree.map(lambda g, m: np.asarray(g) * m, grads, mask)
+    _compare(masked, one, name)
+  norms = [n for n in z.names if n.startswith("out/grad_norm/")]
+  assert norms
+  for key in norms:
+    name = key.removeprefix("out/grad_norm/")
+    ones = np.ones_like(state_dict[name])
+    mask = weights.params_from_published(fill | {name: ones})
+    squares = jax.tree.map(lambda g, m: np.sum((g * m) ** 2), grads, mask)
+    norm = np.sqrt(sum(jax.tree.leaves(squares)))
+    assert relative_error(norm, z[key]) < 1e-4, name
+
+
+def _compare(ours, reference, name):
+  ours, reference = jax.tree.leaves(ours), jax.tree.leaves(reference)
+  flat = lambda leaves: np.concatenate([np.ravel(leaf) for leaf in leaves])
+  assert relative_error(flat(ours), flat(reference)) < 1e-4, name
+
+
+@pytest.mark.parametrize("path", parity_files("arflow_train_forward_*"))
+def test_sublayers(path, load_parity):
+  z = load_parity(path)
+  shape = shape_of(z.meta["constructor"])
+  model = network(shape, z.params())
+  t = jnp.asarray(z["in/t"])
+  embedded = model.time_embedding(t)
+  wanted = z["out/t_embed"]
+  assert relative_error(embedded.reshape(wanted.shape), wanted) < 1e-5
+  c = embedded + model.label_embedding(jnp.asarray(z["in/y"]))[:, None]
+  assert relative_error(c, z["out/cond"]) < 1e-5
+  graphdef, stacked = nnx.split(model.blocks)
+  x = jnp.asarray(z["out/x_embed"])
+  for layer in range(shape.depth):
+    params = jax.tree.map(lambda p: p[layer], stacked)  # noqa: B023
+    block = nnx.merge(graphdef, params)
+    attended = []
+    inner = block.attention
+
+    def record(u, c, state):
+      out = inner(u, c, state)  # noqa: B023
+      attended.append(out[0])  # noqa: B023
+      return out
+
+    block.attention = record
+    x, _ = block(x, c, None)
+    wanted = z[f"out/block_{layer}_attn"]
+    assert relative_error(attended[0].reshape(wanted.shape), wanted) < 1e-5
+    assert relative_error(x, z[f"out/block_{layer}"]) < 1e-5
+
+
+@pytest.mark.parametrize("path", parity_files("arflow_recurrent_*"))
+def test_recurrent(path, load_parity):
+  z = load_parity(path)
+  shape = shape_of(z.meta["constructor"])
+  model = network(shape, z.params())
+  x, t = channels_last(z["in/x"]), z["in/t"]
+  labels = jnp.asarray(z["in/y"])
+  step = jax.jit(lambda x, t, state: model(x, t, labels, state))
+  state = None
+  for s in range(x.shape[1]):
+    out, state = step(x[:, s : s + 1], t[:, s : s + 1], state)
+    assert relative_error(channels_first(out[:, 0]), z["out/steps"][s]) < 1e-5
+    for layer in range(shape.depth):
+      wanted = z[f"out/states_layer_{layer}"][s]
+      assert relative_error(state[layer], wanted) < 1e-5
+  out, whole = model(x, t, labels)
+  assert relative_error(channels_first(out), z["out/full_forward"]) < 1e-5
+  assert relative_error(whole, state) < 1e-5
+
+
+def _random(shape: Shape) -> ARFlow:
+  """A network whose zero-initialised layers are random too."""
+  model = ARFlow(shape, rngs=nnx.Rngs(0))
+  graphdef, state = nnx.split(model, nnx.Param)
+  leaves, treedef = jax.tree.flatten(state)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  leaves = [
+    jax.random.normal(key, leaf.shape) * 0.1 for key, leaf in zip(keys, leaves)
+  ]
+  return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+
+
+@pytest.mark.parametrize("cuts", [[1, 1, 1, 1, 1], [2, 3], [4, 1]])
+def test_any_cut_of_a_sequence_gives_the_same(cuts):
+  model = _random(GOLDEN)
+  key = jax.random.key(2)
+  x = jax.random.normal(key, (2, 5, 8, 8, 4))
+  t = jnp.sort(jax.random.uniform(key, (2, 5)))
+  labels = jnp.array([1, 10])
+  whole, last = model(x, t, labels)
+  state, outs, start = None, [], 0
+  for length in cuts:
+    part = slice(start, start + length)
+    out, state = model(x[:, part], t[:, part], labels, state)
+    outs.append(out)
+    start += length
+  np.testing.assert_allclose(jnp.concatenate(outs, 1), whole, atol=2e-5)
+  np.testing.assert_allclose(state, last, atol=2e-5)
+
+
+def test_fresh_network_answers_zero():
+  model = ARFlow(GOLDEN, rngs=nnx.Rngs(0))
+  x = jnp.ones((1, 2, 8, 8, 4))
+  out, _ = model(x, jnp.ones((1, 2)), jnp.array([0]))
+  assert not out.any()
+
+
+def test_initial_values_follow_the_published_rules():
+  model = ARFlow(GOLDEN, rngs=nnx.Rngs(0))
+  q = model.blocks.attention.q_proj.kernel[...]
+  bound = np.sqrt(6 / (128 + 128))
+  assert q.shape == (2, 128, 128)
+  assert np.abs(q).max() <= bound
+  np.testing.assert_allclose(q.std(), bound / np.sqrt(3), rtol=0.02)
+  assert not np.allclose(q[0], q[1])
+  patch = model.patch_embedding.kernel[...]
+  np.testing.assert_allclose(
+    patch.std(), np.sqrt(6 / (16 + 128)) / np.sqrt(3), rtol=0.05
+  )
+  np.testing.assert_allclose(model.label_embedding.table.std(), 0.02, rtol=0.1)
+  np.testing.assert_allclose(
+    model.time_embedding.fc2.kernel.std(), 0.02, rtol=0.05
+  )
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_remat_changes_no_gradient(remat):
+  import dataclasses
+
+  x = jax.random.normal(jax.random.key(3), (1, 2, 8, 8, 4))
+
+  def grads(shape):
+    model = _random(shape)
+    graphdef, state = nnx.split(model, nnx.Param)
+
+    def loss(state):
+      out, _ = nnx.merge(graphdef, state)(x, jnp.ones((1, 2)), jnp.array([0]))
+      return jnp.sum(out**2)
+
+    return jax.grad(loss)(state)
+
+  ours = grads(GOLDEN)
+  other = grads(dataclasses.replace(GOLDEN, remat=remat))
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(other)):
+    scale = np.abs(b).max() + 1e-30
+    np.testing.assert_allclose(a / scale, b / scale, atol=1e-5)
+
+
+def test_bfloat16_stays_close_and_returns_float32():
+  import dataclasses
+
+  model = _random(GOLDEN)
+  graphdef, state = nnx.split(model, nnx.Param)
+  half = _random(dataclasses.replace(GOLDEN, dtype="bfloat16"))
+  graphdef, _ = nnx.split(half, nnx.Param)
+  half = nnx.merge(graphdef, state)
+  x = jax.random.normal(jax.random.key(3), (1, 3, 8, 8, 4))
+  args = (x, jnp.full((1, 3), 0.5), jnp.array([0]))
+  (out, memory), (wanted, _) = half(*args), model(*args)
+  assert out.dtype == jnp.float32
+  assert memory.dtype == jnp.float32
+  assert relative_error(out, wanted) < 0.05
+
+
+PUBLISHED_COUNTS = {
+  "s": (34_643_744, 34_699_136, 34_920_704),
+  "b": (137_467_424, 137_578_112, 138_020_864),
+  "l": (483_301_408, 483_448_960, 484_039_168),
+  "xl": (712_445_216, 712_546_688, 713_210_624),
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED_COUNTS)
+@pytest.mark.parametrize("pixels", [128, 256])
+def test_published_sizes(size, pixels):
+  from arflow_jax import branches
+
+  for patch, count in zip((2, 4, 8), PUBLISHED_COUNTS[size]):
+    config = get_config(f"imagenet{pixels}-{size}{patch}")
+    branch = branches.build(config)
+    params = jax.eval_shape(branch.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+    assert branch.item_shape == (5, pixels // 8, pixels // 8, 4)
+
+
+@pytest.mark.parametrize(
+  ("change", "named"),
+  [
+    ({"patch_size": 3}, "model.patch_size=3"),
+    ({"num_heads": 3}, "model.num_heads=3"),
+    ({"dtype": "float16"}, "model.dtype='float16'"),
+    ({"remat": "some"}, "model.remat='some'"),
+  ],
+)
+def test_bad_shapes_are_refused_by_name(change, named):
+  import dataclasses
+
+  with pytest.raises(ConfigError, match=named):
+    dataclasses.replace(GOLDEN, **change)

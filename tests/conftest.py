@@ -1,0 +1,97 @@
+"""Shared fixtures: reference values by environment variable, tiny configs."""
+
+import json
+import os
+import pathlib
+import tempfile
+
+# Many tests compile the same programs: compile each once, for all workers and
+# for the mains they start. Set before JAX reads its environment.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp("arflow_jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _folder(variable: str) -> pathlib.Path:
+  value = os.environ.get(variable)
+  if not value:
+    pytest.skip(f"{variable} is not set: no reference values to compare with")
+  return pathlib.Path(value)
+
+
+class Parity:
+  """One reference file: `param`, `input`, `output` and its `meta`."""
+
+  def __init__(self, path: pathlib.Path):
+    self._arrays = np.load(path)
+    self.meta = json.loads(str(self._arrays["meta"]))
+    self.names = list(self._arrays.files)
+
+  def __getitem__(self, name: str):
+    """Inputs as JAX arrays, everything else as numpy arrays."""
+    array = self._arrays[name]
+    return jnp.asarray(array) if name.startswith("in/") else array
+
+  def params(self) -> dict[str, np.ndarray]:
+    return {
+      name.removeprefix("param/"): self._arrays[name]
+      for name in self.names
+      if name.startswith("param/")
+    }
+
+
+def parity_files(pattern: str) -> list:
+  """Test parameters, one a file; ids hold `parity` and the file's stem."""
+  value = os.environ.get("ARFLOW_PARITY_DIR")
+  if not value:
+    return [pytest.param(None, id=f"parity-{pattern}-unset")]
+  paths = sorted(pathlib.Path(value).glob(pattern + ".npz"))
+  if not paths:
+    return [pytest.param(pattern, id=f"parity-{pattern}-missing")]
+  return [pytest.param(path, id=f"parity-{path.stem}") for path in paths]
+
+
+@pytest.fixture
+def load_parity():
+  """Loads what `parity_files` parametrised; skips or fails without it."""
+
+  def load(path):
+    if path is None:
+      pytest.skip("ARFLOW_PARITY_DIR is not set: no reference values")
+    if isinstance(path, str):
+      pytest.fail(f"ARFLOW_PARITY_DIR is set but holds no {path}.npz")
+    return Parity(path)
+
+  return load
+
+
+@pytest.fixture
+def data_dir() -> pathlib.Path:
+  """The folder of real data named by ARFLOW_DATA_DIR."""
+  folder = _folder("ARFLOW_DATA_DIR")
+  if not folder.is_dir() or not any(folder.iterdir()):
+    pytest.fail(f"ARFLOW_DATA_DIR={folder} holds nothing")
+  return folder
+
+
+def relative_error(ours, reference) -> float:
+  """max|a - b| / max|b|, the measure of the reference values' tolerances."""
+  ours, reference = np.asarray(ours), np.asarray(reference)
+  assert ours.shape == reference.shape, (ours.shape, reference.shape)
+  assert np.isfinite(ours).all()
+  return np.abs(ours - reference).max() / np.abs(reference).max()
+
+
+def channels_last(x) -> jax.Array:
+  return jnp.moveaxis(jnp.asarray(x), -3, -1)
+
+
+def channels_first(x) -> np.ndarray:
+  return np.moveaxis(np.asarray(x), -1, -3)

@@ -1,0 +1,132 @@
+"""Sources, class-grouped sequences, and an order that is a function of step."""
+
+import numpy as np
+import pytest
+
+from arflow_jax.data import pipeline, sequences, sources
+from arflow_jax.errors import ConfigError
+from configs.arflow import get_config
+
+
+def _config(**overrides):
+  config = get_config("digits")
+  config.update_from_flattened_dict(overrides)
+  return config
+
+
+def test_digits_split_is_fixed_and_stratified():
+  train, heldout = sources.Digits("train"), sources.Digits("heldout")
+  assert len(train.labels) == 1400
+  assert len(heldout.labels) == 397
+  for source in (train, heldout):
+    share = np.bincount(source.labels) / len(source.labels)
+    np.testing.assert_allclose(share, 0.1, atol=0.005)
+    assert source[0].shape == (8, 8, 1)
+    assert source.images.min() == -1
+    assert source.images.max() == 1
+  seen = {image.tobytes() for image in train.images}
+  assert sum(image.tobytes() in seen for image in heldout.images) == 0
+  again = sources.Digits("heldout")
+  np.testing.assert_array_equal(again.images, heldout.images)
+
+
+def test_sequences_hold_distinct_images_of_one_class():
+  source = sources.Digits("train")
+  items = sequences.ClassSequences(source, 5, seed=0, flip=False)
+  labels = []
+  for i in range(200):
+    item = items[i]
+    labels.append(int(item["labels"]))
+    members = source.images[source.labels == labels[-1]]
+    known = {image.tobytes() for image in members}
+    drawn = [image.tobytes() for image in item["images"]]
+    assert len(set(drawn)) == 5
+    assert set(drawn) <= known
+  assert set(labels) == set(range(10))
+  again = sequences.ClassSequences(source, 5, seed=0, flip=False)[123]
+  np.testing.assert_array_equal(again["images"], items[123]["images"])
+  other = sequences.ClassSequences(source, 5, seed=1, flip=False)[123]
+  assert not np.array_equal(other["images"], items[123]["images"])
+
+
+def test_flips_mirror_about_half_of_the_images():
+  source = sources.Digits("train")
+  plain = sequences.ClassSequences(source, 5, seed=0, flip=False)
+  flipped = sequences.ClassSequences(source, 5, seed=0, flip=True)
+  count = 0
+  for i in range(100):
+    for a, b in zip(plain[i]["images"], flipped[i]["images"]):
+      if not np.array_equal(a, b):
+        np.testing.assert_array_equal(a[:, ::-1], b)
+        count += 1
+  assert 200 < count < 300
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_step_is_the_whole_position(workers):
+  config = _config(**{"steps": 6, "batch_size": 4, "data.workers": workers})
+  whole = list(pipeline.train_batches(config, 0))
+  assert len(whole) == 6
+  assert whole[0]["images"].shape == (4, 5, 8, 8, 1)
+  late = list(pipeline.train_batches(config, 4))
+  for a, b in zip(whole[4:], late, strict=True):
+    np.testing.assert_array_equal(a["images"], b["images"])
+    np.testing.assert_array_equal(a["labels"], b["labels"])
+
+
+def test_processes_share_the_same_global_batches():
+  config = _config(steps=2, batch_size=4)
+  whole = list(pipeline.train_batches(config, 0))
+  parts = [list(pipeline.train_batches(config, 0, p, 2)) for p in range(2)]
+  for step in range(2):
+    rows = np.concatenate([part[step]["images"] for part in parts])
+    np.testing.assert_array_equal(rows, whole[step]["images"])
+
+
+def test_tfds_directory(data_dir):
+  folder = data_dir / "tfds"
+  config = get_config("cifar10")
+  config.data.source = "tfds:cifar10_jpeg"
+  config.data.dir = str(folder)
+  config.steps, config.batch_size = 2, 4
+  batch = next(pipeline.train_batches(config, 0))
+  assert batch["images"].shape == (4, 5, 32, 32, 3)
+  assert batch["images"].dtype == np.float32
+  assert -1 <= batch["images"].min() < -0.5
+  assert 0.5 < batch["images"].max() <= 1
+  source = sources.open_source(config, "heldout")
+  assert len(source.class_names) == 10
+  assert len(source.labels) > 0
+
+
+def test_a_small_class_is_refused_by_name():
+  with pytest.raises(ConfigError, match=r"class '\d' has 1\d\d images.*=500"):
+    next(pipeline.train_batches(_config(**{"data.sequence_length": 500}), 0))
+
+
+@pytest.mark.parametrize(
+  ("overrides", "named"),
+  [
+    ({"data.source": "digit"}, "data.source='digit' is unknown"),
+    ({"data.source": "latents"}, "data.source='latents'"),
+    ({"data.source": "tfds:x"}, "data.dir=None is not a directory"),
+    ({"model.image_size": 16}, r"images of \(8, 8, 1\)"),
+    ({"model.num_classes": 7}, "model.num_classes=7"),
+  ],
+)
+def test_bad_data_is_refused_by_name(overrides, named):
+  with pytest.raises(ConfigError, match=named):
+    sources.open_source(_config(**overrides), "train")
+
+
+def test_an_unreadable_tfds_directory_is_refused(tmp_path):
+  config = _config(**{"data.source": "tfds:nothing", "data.dir": str(tmp_path)})
+  with pytest.raises(ConfigError, match="tfds:nothing cannot be read"):
+    sources.open_source(config, "train")
+
+
+def test_a_config_has_at_most_70_keys():
+  flat = get_config("digits").to_dict()
+  from arflow_jax.config import flatten
+
+  assert len(flatten(flat)) <= 70

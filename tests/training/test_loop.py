@@ -1,0 +1,224 @@
+"""Runs: exact resume, fallbacks, refusals, clean stops."""
+
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from arflow_jax import branches
+from arflow_jax.errors import ConfigError
+from arflow_jax.parallel import mesh as mesh_lib
+from arflow_jax.training import checkpoint, loop, optimizer, state
+from tests.tiny import flags, tiny_config
+
+
+def _state(config, workdir):
+  branch = branches.build(config)
+  mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
+  tx = optimizer.make_optimizer(config.optimizer, branch.axes)
+  abstract = state.abstract_state(branch, tx, mesh)
+  return checkpoint.Checkpoints(str(workdir), config).restore(abstract)
+
+
+def _same(a, b) -> bool:
+  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return all(np.array_equal(x, y) for x, y in pairs)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  """A run of four steps without a break."""
+  workdir = tmp_path_factory.mktemp("straight")
+  assert loop.train(tiny_config(), str(workdir)) == 4
+  return workdir
+
+
+@pytest.fixture
+def copy(straight, tmp_path):
+  """A copy of it to break."""
+  shutil.copytree(straight, tmp_path / "run")
+  return tmp_path / "run"
+
+
+def test_two_and_two_steps_are_four_bit_for_bit(straight, tmp_path):
+  assert loop.train(tiny_config(steps=2), str(tmp_path)) == 2
+  assert loop.train(tiny_config(), str(tmp_path)) == 4
+  config = tiny_config()
+  assert _same(_state(config, tmp_path), _state(config, straight))
+
+
+def test_a_finished_run_says_so(straight, capsys):
+  assert loop.train(tiny_config(), str(straight)) == 4
+  assert "is finished: 4 of 4 steps done" in capsys.readouterr().out
+
+
+def test_progress_and_metrics(straight):
+  lines = (straight / "metrics.jsonl").read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  assert [record["step"] for record in records] == [1, 2, 4]
+  assert records[-1].keys() >= {"loss", "grad_norm", "images_per_second"}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_a_half_written_checkpoint_falls_back(copy, damage, caplog):
+  newest = copy / "checkpoints" / "4"
+  if damage == "remove":
+    shutil.rmtree(newest / "state")
+  else:
+    for path in newest.rglob("*"):
+      if path.is_file() and path.stat().st_size > 100:
+        path.write_bytes(path.read_bytes()[:50])
+  assert loop.train(tiny_config(), str(copy)) == 4
+  assert "cannot be read" in caplog.text
+  assert (copy / "checkpoints" / "4.unreadable").is_dir()  # nothing is lost
+  assert int(_state(tiny_config(), copy).step) == 4
+
+
+def test_only_unreadable_checkpoints_are_an_error(copy):
+  for newest in (copy / "checkpoints").iterdir():
+    shutil.rmtree(newest / "state")
+  with pytest.raises(ConfigError, match=r"none of the checkpoints .* \[2, 4\]"):
+    loop.train(tiny_config(), str(copy))
+  assert (copy / "checkpoints" / "4").is_dir()
+
+
+@pytest.mark.parametrize(
+  "frozen",
+  [
+    {"model__width": 32},
+    {"data__sequence_length": 3},
+    {"optimizer__peak_lr": 1e-3},
+    {"ema__decay": 0.5},
+    {"seed": 1},
+    {"batch_size": 8},
+  ],
+)
+def test_a_frozen_change_is_refused_by_name(straight, frozen):
+  key = next(iter(frozen)).replace("__", ".")
+  with pytest.raises(ConfigError, match=f"frozen keys differ: {key} "):
+    loop.train(tiny_config(**frozen), str(straight))
+
+
+def test_a_free_change_goes_on(copy):
+  config = tiny_config(
+    steps=5,
+    log__every=1,
+    checkpoint__every=1,
+    checkpoint__keep=1,
+    sample__num_steps=9,
+    eval__num_samples=10,
+  )
+  assert loop.train(config, str(copy)) == 5
+  assert checkpoint.read_config(str(copy)).sample.num_steps == 9
+
+
+def test_retention_keeps_the_newest_and_every_kth(tmp_path):
+  config = tiny_config(
+    steps=7, checkpoint__every=1, checkpoint__keep=2, checkpoint__keep_every=3
+  )
+  loop.train(config, str(tmp_path))
+  assert checkpoint.steps(str(tmp_path)) == [3, 6, 7]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  config = tiny_config(
+    steps=50,
+    checkpoint__every=1,
+    log__every=1,
+    optimizer__peak_lr=1e30,
+    optimizer__warmup_steps=0,
+  )
+  with pytest.raises(FloatingPointError) as error:
+    loop.train(config, str(tmp_path))
+  kept = checkpoint.steps(str(tmp_path))
+  assert f"the last good checkpoint is step {kept[-1]}" in str(error.value)
+  assert f"at step {kept[-1] + 1};" in str(error.value)
+
+
+def test_averaged_weights_alone_restore(straight):
+  branch = branches.build(tiny_config())
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
+    jax.eval_shape(branch.init, jax.random.key(0)),
+  )
+  ema, step = checkpoint.restore_ema(str(straight), abstract)
+  assert step == 4
+  whole = _state(tiny_config(), straight)
+  assert _same(ema, whole.ema)
+  assert not _same(ema, whole.params)
+
+
+def _train(workdir, *args, **kwargs):
+  return subprocess.Popen(
+    [sys.executable, "-m", "arflow_jax.train", f"--workdir={workdir}", *args],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    **kwargs,
+  )
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path):
+  args = flags(steps=100_000, checkpoint__every=100_000)
+  seen = ""
+  with _train(tmp_path, *args) as process:
+    for line in process.stdout:
+      seen += line
+      if line.startswith("step "):
+        process.send_signal(signal.SIGTERM)
+        break
+    seen += process.stdout.read()
+  assert process.returncode == 0, seen
+  assert "stopped on request after step" in seen
+  (step,) = checkpoint.steps(str(tmp_path))
+  assert loop.train(tiny_config(steps=step + 1), str(tmp_path)) == step + 1
+
+
+def test_any_mesh_trains_alike_and_resumes_anywhere(straight, tmp_path):
+  """Four CPU devices, parameters and batch sharded, then one device."""
+  import os
+
+  environment = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4"
+  }
+  args = flags(steps=3, mesh__fsdp=2)
+  with _train(tmp_path, *args, env=environment) as process:
+    output = process.stdout.read()
+  assert process.returncode == 0, output
+  assert "on 4 cpu device(s)" in output
+  assert loop.train(tiny_config(), str(tmp_path)) == 4
+  config = tiny_config()
+  ours, wanted = _state(config, tmp_path), _state(config, straight)
+  for a, b in zip(jax.tree.leaves(ours.ema), jax.tree.leaves(wanted.ema)):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_without_tensorflow_the_run_says_so_once_and_logs(tmp_path):
+  program = (
+    "import sys; sys.modules['tensorflow'] = None\n"
+    "from arflow_jax.training.telemetry import Telemetry\n"
+    f"log = Telemetry({str(tmp_path)!r}, 0, 4, 20)\n"
+    "log.report(1, {'loss': 0.5}); log.start_clock(1)\n"
+    "log.report(3, {'loss': 0.25}); log.close()\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", program],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stderr.count("TensorFlow is not installed") == 1
+  first, second = done.stdout.splitlines()
+  assert first == "step 1/4  loss 0.5000"
+  assert "images/s" in second
+  assert "left" in second
+  records = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(records[1])["loss"] == 0.25
+  assert not list(pathlib.Path(tmp_path).glob("events.*"))

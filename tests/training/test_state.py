@@ -1,0 +1,111 @@
+"""The train step: EMA, accumulation, randomness that belongs to the item."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arflow_jax import branches
+from arflow_jax.data import pipeline
+from arflow_jax.errors import ConfigError
+from arflow_jax.parallel import mesh as mesh_lib
+from arflow_jax.training import optimizer, state
+from tests.tiny import tiny_config
+
+
+def _setup(**overrides):
+  config = tiny_config(**overrides)
+  branch = branches.build(config)
+  mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
+  tx = optimizer.make_optimizer(config.optimizer, branch.axes)
+  current = state.init_state(branch, tx, mesh, jax.random.key(0))
+  step = state.make_train_step(branch, tx, config)
+  batch = jax.tree.map(jnp.asarray, next(pipeline.train_batches(config, 0)))
+  return branch, current, step, batch
+
+
+def test_init_matches_its_abstract_state():
+  config = tiny_config()
+  branch = branches.build(config)
+  mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
+  tx = optimizer.make_optimizer(config.optimizer, branch.axes)
+  real = state.init_state(branch, tx, mesh, jax.random.key(0))
+  abstract = state.abstract_state(branch, tx, mesh)
+  describe = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding)
+  assert jax.tree.map(describe, real) == jax.tree.map(describe, abstract)
+
+
+def test_ema_follows_the_parameters():
+  _, current, step, batch = _setup(ema__decay=0.75)
+  before = jax.tree.map(np.array, current.params)
+  after, metrics = step(current, batch)
+  assert int(after.step) == 1
+  assert np.isfinite(metrics["loss"])
+  for old, new, ema in zip(
+    *map(jax.tree.leaves, (before, after.params, after.ema))
+  ):
+    np.testing.assert_allclose(ema, 0.75 * old + 0.25 * new, atol=1e-7)
+
+
+def test_accumulation_changes_nothing_but_memory():
+  _, current, step, batch = _setup()
+  whole, metrics = step(current, batch)
+  _, current, step, _ = _setup(optimizer__accumulation=2)
+  parts, accumulated = step(current, batch)
+  np.testing.assert_allclose(accumulated["loss"], metrics["loss"], rtol=1e-5)
+  norm = metrics["grad_norm"]
+  np.testing.assert_allclose(accumulated["grad_norm"], norm, rtol=1e-4)
+  for a, b in zip(*map(jax.tree.leaves, (whole.optimizer, parts.optimizer))):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_randomness_belongs_to_the_item():
+  """Each item's loss is the same alone as in its batch."""
+  branch, current, _, batch = _setup()
+  keys = state.item_keys(0, jnp.int32(7), 4)
+  assert len({tuple(k) for k in jax.random.key_data(keys).tolist()}) == 4
+  later = state.item_keys(0, jnp.int32(8), 4)
+  assert not (jax.random.key_data(keys) == jax.random.key_data(later)).any()
+  # A fresh network answers zero; random weights make the loss depend on all.
+  params = jax.tree.map(
+    lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape),
+    current.params,
+  )
+  whole = branch.loss(params, batch, keys)
+  for i in range(4):
+    one = jax.tree.map(lambda x: x[i : i + 1], batch)  # noqa: B023
+    alone = branch.loss(params, one, keys[i : i + 1])
+    np.testing.assert_allclose(alone, whole[i : i + 1], rtol=1e-5)
+
+
+def test_label_dropout_takes_its_share():
+  from arflow_jax.arflow.trajectory import noisy_trajectory
+
+  keys = state.item_keys(0, jnp.int32(0), 2000)
+  images, labels = jnp.zeros((2000, 5, 2, 2, 1)), jnp.full(2000, 3)
+  noisy = noisy_trajectory(
+    images, labels, keys, null_label=10, label_dropout=0.1
+  )
+  share = float((noisy.labels == 10).mean())
+  assert 0.07 < share < 0.13
+  assert set(np.unique(noisy.labels)) == {3, 10}
+  assert (np.diff(noisy.t, axis=1) >= 0).all()
+  # x = t 0 + (1 - t) noise and v = 0 - noise
+  wide = noisy.t[..., None, None, None]
+  np.testing.assert_allclose(noisy.x, -(1 - wide) * noisy.velocity, atol=1e-6)
+  np.testing.assert_allclose(noisy.velocity.std(), 1, atol=0.01)
+
+
+@pytest.mark.parametrize(
+  ("overrides", "named"),
+  [
+    ({"optimizer__accumulation": 3}, "optimizer.accumulation=3"),
+    ({"ema__decay": 1.0}, "ema.decay=1.0"),
+    ({"model__label_dropout": 1.0}, "model.label_dropout=1.0"),
+    ({"mesh__fsdp": 3}, "mesh.fsdp=3"),
+    ({"branch": "arflw"}, "branch='arflw' is unknown; did you mean arflow"),
+  ],
+)
+def test_bad_values_are_refused_by_name(overrides, named):
+  with pytest.raises(ConfigError, match=named):
+    _setup(**overrides)
