@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from arflow_jax.errors import ConfigError
@@ -48,7 +48,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+def param_shardings(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:
   """Sharding of every parameter from the logical names of its axes.
 
   Names count from the last axis; stacked layers add axes in front, unsplit.

@@ -1,8 +1,8 @@
 """The training loop: restore or begin, step, report, save, stop cleanly."""
 
+import contextlib
 import math
 import signal
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -61,58 +61,70 @@ def train(config: ConfigDict, workdir: str) -> int:
     flush=True,
   )
   images = config.batch_size * config.data.sequence_length
-  log = telemetry.Telemetry(workdir, start, config.steps, images)
-  pending: list[tuple[int, Any]] = []
-  last_good = start or None
-
-  def flush() -> dict[str, float]:
-    """Fetches the metrics of the steps since the last call and checks them."""
-    values = jax.device_get([metrics for _, metrics in pending])
-    for (step, _), metrics in zip(pending, values):
-      for name, value in metrics.items():
-        if not math.isfinite(value):
-          saver.close()
-          kept = (
-            f"the last good checkpoint is step {last_good} in {workdir}"
-            if last_good
-            else "no checkpoint was saved yet"
-          )
-          raise FloatingPointError(
-            f"{name} is {value} at step {step}; {kept}. Lower"
-            " optimizer.peak_lr, or clip the gradients, in a new --workdir"
-          )
-    pending.clear()
-    count = len(values)
-    return {k: float(sum(v[k] for v in values)) / count for k in values[0]}
-
-  with _StopSignals() as stop:
+  metrics = _Metrics(start, workdir)
+  with (
+    contextlib.closing(saver),
+    telemetry.Telemetry(workdir, start, config.steps, images) as log,
+    _StopSignals() as stop,
+  ):
     for step in range(start + 1, config.steps + 1):
       batch = jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, rows),
         next(batches),
       )
-      current, metrics = train_step(current, batch)
-      pending.append((step, metrics))
+      current, latest = train_step(current, batch)
+      metrics.add(step, latest)
       done = step == config.steps or stop.requested
-      if step == start + 1:
-        log.report(step, flush())
+      save = done or step % config.checkpoint.every == 0
+      first = step == start + 1
+      if first or save or step % config.log.every == 0:
+        log.report(step, metrics.flush())  # raises where one is not finite
+      if first:
         log.start_clock(step)
-      elif step % config.log.every == 0 or done:
-        log.report(step, flush())
-      if step % config.checkpoint.every == 0 or done:
-        if pending:
-          flush()
+      if save:
         saver.save(step, current)
-        last_good = step
+        metrics.last_good = step
       if done:
         break
-  saver.close()
-  log.close()
   if step < config.steps:
     print(f"stopped on request after step {step}, saved; relaunch to go on")
   else:
     print(f"finished {step} steps; checkpoints in {workdir}/checkpoints")
   return step
+
+
+class _Metrics:
+  """Metrics still on the device, fetched together and checked."""
+
+  def __init__(self, start: int, workdir: str):
+    self.last_good = start
+    self._workdir = workdir
+    self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+
+  def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    self._pending.append((step, metrics))
+
+  def flush(self) -> dict[str, float]:
+    """Means since the last call.
+
+    Raises:
+      FloatingPointError: a value that is not finite, naming its step.
+    """
+    values = jax.device_get([metrics for _, metrics in self._pending])
+    for (step, _), metrics in zip(self._pending, values):
+      for name, value in metrics.items():
+        if not math.isfinite(value):
+          kept = f"the last good checkpoint is step {self.last_good}"
+          if not self.last_good:
+            kept = "no checkpoint was saved yet"
+          raise FloatingPointError(
+            f"{name} is {value} at step {step}; {kept} in {self._workdir}."
+            " Lower optimizer.peak_lr or clip harder, in a new --workdir"
+          )
+    self._pending.clear()
+    return {
+      k: sum(float(v[k]) for v in values) / len(values) for k in values[0]
+    }
 
 
 def _check(config: ConfigDict) -> None:

@@ -56,7 +56,10 @@ class Telemetry:
     if self._writer:
       self._writer.write_scalars(step, metrics)
 
-  def close(self) -> None:
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
     self._file.close()
     if self._writer:
       self._writer.close()

@@ -66,7 +66,7 @@ def test_train_forward_and_gradients(path, load_parity):
   assert relative_error(total, z["out/weighted_sum"]) < 1e-5
   assert relative_error(channels_first(grad_x), z["out/grad_x"]) < 1e-4
   dropped = jnp.asarray(z["out/label_drop_y"])
-  _, out = weighted(params, x, dropped)
+  _, out = jax.jit(weighted)(params, x, dropped)
   wanted = z["out/model_output_label_drop"]
   assert relative_error(channels_first(out), wanted) < 1e-5
 
@@ -147,7 +147,7 @@ def test_recurrent(path, load_parity):
     for layer in range(shape.depth):
       wanted = z[f"out/states_layer_{layer}"][s]
       assert relative_error(state[layer], wanted) < 1e-5
-  out, whole = model(x, t, labels)
+  out, whole = jax.jit(model)(x, t, labels)
   assert relative_error(channels_first(out), z["out/full_forward"]) < 1e-5
   assert relative_error(whole, state) < 1e-5
 
@@ -171,11 +171,12 @@ def test_any_cut_of_a_sequence_gives_the_same(cuts):
   x = jax.random.normal(key, (2, 5, 8, 8, 4))
   t = jnp.sort(jax.random.uniform(key, (2, 5)))
   labels = jnp.array([1, 10])
-  whole, last = model(x, t, labels)
+  call = jax.jit(lambda x, t, state: model(x, t, labels, state))
+  whole, last = call(x, t, None)
   state, outs, start = None, [], 0
   for length in cuts:
     part = slice(start, start + length)
-    out, state = model(x[:, part], t[:, part], labels, state)
+    out, state = call(x[:, part], t[:, part], state)
     outs.append(out)
     start += length
   np.testing.assert_allclose(jnp.concatenate(outs, 1), whole, atol=2e-5)
@@ -221,7 +222,7 @@ def test_remat_changes_no_gradient(remat):
       out, _ = nnx.merge(graphdef, state)(x, jnp.ones((1, 2)), jnp.array([0]))
       return jnp.sum(out**2)
 
-    return jax.grad(loss)(state)
+    return jax.jit(jax.grad(loss))(state)
 
   ours = grads(GOLDEN)
   other = grads(dataclasses.replace(GOLDEN, remat=remat))

@@ -204,9 +204,9 @@ def test_without_tensorflow_the_run_says_so_once_and_logs(tmp_path):
   program = (
     "import sys; sys.modules['tensorflow'] = None\n"
     "from arflow_jax.training.telemetry import Telemetry\n"
-    f"log = Telemetry({str(tmp_path)!r}, 0, 4, 20)\n"
-    "log.report(1, {'loss': 0.5}); log.start_clock(1)\n"
-    "log.report(3, {'loss': 0.25}); log.close()\n"
+    f"with Telemetry({str(tmp_path)!r}, 0, 4, 20) as log:\n"
+    "  log.report(1, {'loss': 0.5}); log.start_clock(1)\n"
+    "  log.report(3, {'loss': 0.25})\n"
   )
   done = subprocess.run(
     [sys.executable, "-c", program],
