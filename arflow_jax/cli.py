@@ -11,7 +11,7 @@ from collections.abc import Callable
 from absl import flags
 from ml_collections import config_flags
 
-from arflow_jax.config import nearest
+from arflow_jax.config import flatten, nearest
 from arflow_jax.errors import ConfigError
 
 _required: list[str] = []
@@ -52,8 +52,10 @@ def run(main: Callable[[], None]) -> None:
     _fail(error, 2)
   try:
     main()
-  except (ConfigError, FloatingPointError) as error:
+  except (ConfigError, FloatingPointError, OSError) as error:
     _fail(error, 1)
+  except KeyboardInterrupt:
+    _fail("interrupted", 130)
 
 
 def _help() -> str:
@@ -92,23 +94,19 @@ def _parse(argv: list[str]) -> None:
       f"unexpected argument {unexpected[0]!r}; flags look like --name=value"
     )
   for name in _required:
-    if flags.FLAGS[name].value is None:
+    if flags.FLAGS[name].value in (None, ""):
       raise ConfigError(f"--{name} is required; see --help")
 
 
 def _unknown_key(argv: list[str], message: str) -> ConfigError:
-  """ml_collections names the wrong part and the nearest; we add the whole."""
-  match = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message)
-  if not match:
-    return ConfigError(" ".join(message.split()))
-  right, wrong = match.groups()
+  """Finds the override of no known key and names the nearest one."""
+  known = list(flatten(flags.FLAGS["config"].value.to_dict()))
   for argument in argv[1:]:
-    key = argument.lstrip("-").partition("=")[0]
-    if wrong in key.split("."):
-      return ConfigError(
-        f"unknown config key --{key}; did you mean {right} instead of {wrong}?"
-      )
-  return ConfigError(f"unknown config key {wrong}; did you mean {right}?")
+    key = argument.lstrip("-").partition("=")[0].removeprefix("config.")
+    if key not in known and argument.lstrip("-").startswith("config."):
+      hint = nearest(key, known)
+      return ConfigError(f"unknown config key --config.{key}{hint}")
+  return ConfigError(" ".join(message.split()))
 
 
 def _fail(error: object, code: int) -> None:

@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
 # The main job on this machine: trains (or goes on with) a run, restores its
-# checkpoint and draws WORKDIR/samples.png. All arguments go to the trainer:
+# checkpoint and draws WORKDIR/samples.png anew. All arguments go to the trainer:
 #
 #   bash launch/local.sh
 #   bash launch/local.sh --config=configs/arflow.py:digits --workdir=runs/x
 set -euo pipefail
-trap 'exit 130' INT
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 config=configs/arflow.py:digits
 workdir=runs/digits
 rest=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --config=*) config=${1#*=} ;;
-    --workdir=*) workdir=${1#*=} ;;
-    --config | --workdir)
+    -h | -help | --help | --helpshort)
+      exec .venv/bin/python -m arflow_jax.train --help
+      ;;
+    -config=* | --config=*) config=${1#*=} ;;
+    -workdir=* | --workdir=*) workdir=${1#*=} ;;
+    -config | --config | -workdir | --workdir)
       [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-      [ "$1" = --config ] && config=$2 || workdir=$2
+      case $1 in *config) config=$2 ;; *) workdir=$2 ;; esac
       shift
       ;;
     *) rest+=("$1") ;;
@@ -25,7 +27,21 @@ while [ $# -gt 0 ]; do
   shift
 done
 
+# In the background, so that a signal to this script reaches the trainer, which
+# saves before it stops; nothing is drawn then.
 .venv/bin/python -m arflow_jax.train --config="$config" --workdir="$workdir" \
-  ${rest[@]+"${rest[@]}"}
+  ${rest[@]+"${rest[@]}"} &
+trainer=$!
+stopped=
+trap 'stopped=1; kill -TERM "$trainer" 2>/dev/null' TERM INT
+code=0
+wait "$trainer" || code=$?
+if [ -n "$stopped" ]; then
+  wait "$trainer" || true
+  exit 130
+fi
+[ "$code" -eq 0 ] || exit "$code"
+trap - TERM INT
+
 .venv/bin/python -m arflow_jax.sample --workdir="$workdir" --labels=0-9 \
   --per_label=10 --out="$workdir/samples.png" --overwrite

@@ -61,8 +61,26 @@ def test_parsing_flags_imports_nothing_heavy():
     (
       "train",
       [CONFIG, "--workdir=x", "--config.optimizer.peek_lr=1"],
-      "--config.optimizer.peek_lr; did you mean peak_lr",
+      "--config.optimizer.peek_lr; did you mean optimizer.peak_lr?",
     ),
+    (
+      "train",
+      [CONFIG, "--workdir=x", "--config.optimizer.lr=1"],
+      "--config.optimizer.lr; did you mean optimizer.",
+    ),
+    (
+      "train",
+      [CONFIG, "--workdir=x", "--config.optimzer.peak_lr=1"],
+      "--config.optimzer.peak_lr; did you mean optimizer.peak_lr?",
+    ),
+    (
+      "train",
+      [CONFIG, "--workdir=x", "--config.foo=1"],
+      "--config.foo; did you",
+    ),
+    ("train", [CONFIG, "--workdir="], "--workdir is required"),
+    ("train", [CONFIG, "--workdir=README.md"], "README.md"),
+    ("train", [CONFIG, "--workdir=x", "--config.seed=-1"], "seed=-1"),
     (
       "train",
       [CONFIG, "--workdir=x", "--config.optimizer.peak_lr=fast"],
@@ -98,7 +116,7 @@ def test_parsing_flags_imports_nothing_heavy():
     ),
     (
       "sample",
-      [f"--workdir={TINY_RUN}", "--out=README.md/x.png", "--labels=0-12"],
+      [f"--workdir={TINY_RUN}", "--out=absent.png", "--labels=0-12"],
       "labels [11, 12] are out of range",
     ),
     (

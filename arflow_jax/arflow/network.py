@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from arflow_jax.errors import ConfigError
@@ -55,6 +56,17 @@ class Shape:
   attention: str | None = None
 
   def __post_init__(self):
+    sizes = ("image_size", "channels", "patch_size", "width", "depth")
+    for name in (*sizes, "num_heads", "num_classes"):
+      if getattr(self, name) < 1:
+        raise ConfigError(
+          f"model.{name}={getattr(self, name)} must be positive"
+        )
+    known = (None, *hybrid_attention.IMPLEMENTATIONS)
+    if self.attention not in known:
+      raise ConfigError(
+        f"model.attention={self.attention!r} is unknown; choose from {known}"
+      )
     if self.image_size % self.patch_size:
       raise ConfigError(
         f"model.patch_size={self.patch_size} does not divide the image size"
@@ -96,7 +108,7 @@ _REMAT = {
 class HybridAttention(nnx.Module):
   """Attention sub-layer: projections, gates and norms around the operator."""
 
-  def __init__(self, shape: Shape, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, shape: Shape, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.shape = shape
     kwargs = dict(use_bias=False, dtype=dtype, rngs=rngs)
     width = shape.width
@@ -106,7 +118,7 @@ class HybridAttention(nnx.Module):
     self.v_proj = layers.linear(width, width, axes, **kwargs)
     self.gate_proj = layers.linear(width, width, axes, **kwargs)
     self.decay_proj = layers.linear(
-      width, shape.num_heads, ("embed", None), **kwargs
+      width, shape.num_heads, ("embed", None), result=jnp.float32, **kwargs
     )
     self.out_proj = layers.linear(width, width, ("heads", "embed"), **kwargs)
 
@@ -131,7 +143,7 @@ class HybridAttention(nnx.Module):
     )
     # (u + c) W as two products: c has one row per image, not one per token.
     logits = self.decay_proj(u) + self.decay_proj(c)[:, :, None]
-    log_gate = jax.nn.log_sigmoid(logits.astype(jnp.float32)) / 16
+    log_gate = jax.nn.log_sigmoid(logits) / 16
     out, state = hybrid_attention.hybrid_attention(
       q,
       k,
@@ -149,12 +161,12 @@ class HybridAttention(nnx.Module):
 class Block(nnx.Module):
   """adaLN-Zero transformer block with hybrid attention."""
 
-  def __init__(self, shape: Shape, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, shape: Shape, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.modulation = layers.linear(
       shape.width,
       6 * shape.width,
       (None, "embed"),
-      dtype=dtype,
+      dtype=jnp.float32,
       rngs=rngs,
       init=layers.zeros,
     )
@@ -181,16 +193,16 @@ class ARFlow(nnx.Module):
 
   def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
     self.shape = shape
-    self.dtype = dtype = jnp.dtype(shape.dtype)
+    dtype = jnp.dtype(shape.dtype)
     features = shape.patch_size**2 * shape.channels
     width = shape.width
-    kwargs = dict(dtype=dtype, rngs=rngs)
     self.patch_embedding = layers.linear(
-      features, width, (None, "embed"), **kwargs
+      features, width, (None, "embed"), dtype=dtype, rngs=rngs
     )
-    self.time_embedding = layers.TimeEmbedding(width, **kwargs)
+    # One row per image costs nothing: the condition is float32 throughout.
+    self.time_embedding = layers.TimeEmbedding(width, rngs=rngs)
     self.label_embedding = layers.LabelEmbedding(
-      shape.num_classes, width, **kwargs
+      shape.num_classes, width, rngs=rngs
     )
 
     # The blocks are one module whose parameters have a leading layer axis.
@@ -200,12 +212,14 @@ class ARFlow(nnx.Module):
       return Block(shape, dtype=dtype, rngs=rngs)
 
     self.blocks = stack(rngs)
-    zero = dict(init=layers.zeros, **kwargs)
+    zero = dict(init=layers.zeros, rngs=rngs)
     self.final_modulation = layers.linear(
-      width, 2 * width, (None, "embed"), **zero
+      width, 2 * width, (None, "embed"), dtype=jnp.float32, **zero
     )
     outputs = features * (2 if shape.learn_sigma else 1)
-    self.final_linear = layers.linear(width, outputs, ("embed", None), **zero)
+    self.final_linear = layers.linear(
+      width, outputs, ("embed", None), dtype=dtype, **zero
+    )
 
   def __call__(
     self,
@@ -229,7 +243,7 @@ class ARFlow(nnx.Module):
     shape = self.shape
     tokens = self.patch_embedding(patches.patchify(x, shape.patch_size))
     table = patches.sincos_table(shape.side, shape.width)
-    tokens += table.astype(self.dtype)
+    tokens = tokens.astype(jnp.float32) + table  # the residual stream
     c = self.time_embedding(t) + self.label_embedding(labels)[:, None]
     graphdef, blocks = nnx.split(self.blocks)
 

@@ -40,7 +40,9 @@ def train_batches(
   dataset = grain.MapDataset.range(start * rows, stop * rows).map(local)
   dataset = dataset.batch(rows)
   if config.data.workers == 0:
-    return iter(dataset.to_iter_dataset())
+    # In batches: grain's own default would hold 500 of them.
+    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+    return iter(dataset.to_iter_dataset(options))
   if not flags.FLAGS.is_parsed():  # loader processes want parsed flags
     flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=config.data.workers)

@@ -79,7 +79,7 @@ class Tfds:
       raw = source(decoders={"image": tfds.decode.SkipDecoding()})
       self._source = source()
     except Exception as error:  # TFDS raises many kinds, over many lines
-      reason = str(error).strip().splitlines()[0]
+      reason = f"{type(error).__name__}: {error}".splitlines()[0]
       raise ConfigError(
         f"data.source=tfds:{name} cannot be read from data.dir={directory!r}:"
         f" {reason}; prepare it with"

@@ -44,7 +44,10 @@ class Guidance:
       raise ConfigError(
         f"guidance interval ({low}, {high}) must satisfy 0 <= low <= high <= 1"
       )
-    if self.channels is not None and self.channels < 1:
+    channels = self.channels
+    if channels is not None and not (
+      isinstance(channels, int) and channels > 0
+    ):
       raise ConfigError(
         f"guidance_channels={self.channels} must be at least 1, or None for all"
       )

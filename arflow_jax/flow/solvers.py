@@ -26,11 +26,14 @@ Noise = Callable[[jax.Array], jax.Array]
 DIFFUSIONS: dict[str, Callable[[paths.Path, jax.Array, float], jax.Array]] = {
   "sigma": lambda path, t, norm: norm * path.sigma(t),
 }
-LAST_STEPS = ("mean",)
+# The end of an SDE by name, from x, the drift there and the size of the step.
+LAST_STEPS: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
+  "mean": lambda x, drift, size: x + drift * size,
+}
 
 
 def check(diffusion: str, last_step: str) -> None:
-  """Raises ValueError where a name is not one of the forms offered here."""
+  """Raises ConfigError where a name is not one of the forms offered here."""
   if diffusion not in DIFFUSIONS:
     raise ConfigError(
       f"diffusion={diffusion!r} is unknown; choose from {sorted(DIFFUSIONS)}"
@@ -94,7 +97,7 @@ def euler_maruyama(
     The sample and the carry after the last call.
 
   Raises:
-    ValueError: an unknown diffusion or last step.
+    ConfigError: an unknown diffusion or last step.
   """
   check(diffusion, last_step)
   dt = times[1] - times[0]
@@ -114,4 +117,4 @@ def euler_maruyama(
   steps = (jnp.arange(times.shape[0] - 1), times[:-1])
   (x, carry), _ = jax.lax.scan(step, (x, carry), steps)
   d, _, carry = drift(x, times[-1], carry)
-  return x + d * last_step_size, carry
+  return LAST_STEPS[last_step](x, d, last_step_size), carry

@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 Initializer = nnx.initializers.Initializer
@@ -24,10 +25,11 @@ def linear(
   outputs: int,
   axes: tuple[str | None, str | None],
   *,
-  dtype: jnp.dtype,
+  dtype: DTypeLike,
   rngs: nnx.Rngs,
   use_bias: bool = True,
   init: Initializer = xavier,
+  result: DTypeLike | None = None,
 ) -> nnx.Linear:
   """A projection with float32 parameters and products in `dtype`.
 
@@ -40,6 +42,7 @@ def linear(
     rngs: source of the initial values.
     use_bias: whether a bias, zero at first, is added.
     init: initial values of the kernel.
+    result: type of the result where it is not `dtype`.
   """
   return nnx.Linear(
     inputs,
@@ -47,6 +50,7 @@ def linear(
     use_bias=use_bias,
     dtype=dtype,
     precision="highest" if dtype == jnp.float32 else None,
+    preferred_element_type=result,
     kernel_init=init,
     kernel_metadata={"axes": axes},
     bias_metadata={"axes": axes[1:]},
@@ -100,13 +104,10 @@ class TimeEmbedding(nnx.Module):
 
   features = 256
 
-  def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-    self.fc1 = linear(
-      self.features, width, (None, "embed"), dtype=dtype, rngs=rngs, init=normal
-    )
-    self.fc2 = linear(
-      width, width, (None, "embed"), dtype=dtype, rngs=rngs, init=normal
-    )
+  def __init__(self, width: int, *, rngs: nnx.Rngs):
+    kwargs = dict(dtype=jnp.float32, rngs=rngs, init=normal)
+    self.fc1 = linear(self.features, width, (None, "embed"), **kwargs)
+    self.fc2 = linear(width, width, (None, "embed"), **kwargs)
 
   def __call__(self, t: Float[Array, "*lead"]) -> Float[Array, "*lead E"]:
     return self.fc2(jax.nn.silu(self.fc1(timestep_features(t, self.features))))
@@ -115,23 +116,20 @@ class TimeEmbedding(nnx.Module):
 class LabelEmbedding(nnx.Module):
   """Classes to vectors; row `num_classes` is the null class."""
 
-  def __init__(
-    self, num_classes: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
-  ):
-    self.dtype = dtype
+  def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
     self.table = nnx.Param(
       normal(rngs.params(), (num_classes + 1, width), jnp.float32),
       axes=(None, "embed"),
     )
 
   def __call__(self, labels: Int[Array, "*lead"]) -> Float[Array, "*lead E"]:
-    return jnp.take(self.table[...], labels, axis=0).astype(self.dtype)
+    return jnp.take(self.table[...], labels, axis=0)
 
 
 class FeedForward(nnx.Module):
   """Two projections with a tanh-form GELU between, four times as wide."""
 
-  def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.fc1 = linear(
       width, 4 * width, ("embed", "mlp"), dtype=dtype, rngs=rngs
     )

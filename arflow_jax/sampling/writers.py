@@ -1,6 +1,7 @@
 """Where images go: a labelled PNG grid, an `.npz`, or a folder of PNGs."""
 
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 
@@ -11,19 +12,34 @@ from PIL import Image, ImageDraw, ImageFont
 from arflow_jax.errors import ConfigError
 
 _GAP = 4  # pixels between tiles
+_IMAGE_NAME = re.compile(r"\d{6,}_class\d+\.png")
 _TILE = 64  # tiles smaller than this are enlarged by a whole factor
 
 
 def check_output(out: str, overwrite: bool) -> None:
   """Raises ConfigError unless images may be written to `out`."""
   path = pathlib.Path(out)
-  if path.suffix not in (".png", ".npz", ""):
+  if not path.name or path.suffix not in (".png", ".npz", ""):
     raise ConfigError(
-      f"--out={out} must end in .png (a grid) or .npz, or be a folder"
+      f"--out={out} must end in .png (a grid) or .npz, or be a new folder"
     )
+  if path.exists() and path.is_dir() == bool(path.suffix):
+    kind = "folder" if path.is_dir() else "file"
+    raise ConfigError(f"--out={out} is a {kind} already; choose another name")
   taken = any(path.iterdir()) if path.is_dir() else path.exists()
   if taken and not overwrite:
     raise ConfigError(f"--out={out} exists; choose another or add --overwrite")
+  if path.is_dir():  # replaced as a whole: it must hold nothing else
+    for entry in path.iterdir():
+      if not _IMAGE_NAME.fullmatch(entry.name):
+        raise ConfigError(
+          f"--out={out} holds {entry.name}, which is no image of ours: it is"
+          " not replaced; choose another folder"
+        )
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(f"--out={out} cannot be written: {error}") from None
 
 
 def write(
@@ -44,7 +60,6 @@ def write(
     per_row: images in a row of the grid.
   """
   path = pathlib.Path(out)
-  path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + ".part" + path.suffix)
   if path.suffix:
     images = np.concatenate(list(blocks))

@@ -143,22 +143,26 @@ def restore_ema(workdir: str, abstract: Any) -> tuple[Any, int]:
 def _newest_good(workdir, load):
   """Returns (loaded, its step, newer unreadable steps), None without any."""
   folder = pathlib.Path(workdir).absolute() / _FOLDER
-  bad, reason = [], None
-  for step in reversed(steps(workdir)):
-    try:
-      loaded = jax.block_until_ready(load(folder / str(step)))
-    except Exception as error:  # Orbax and tensorstore raise many kinds
-      if not (folder / str(step)).exists():
-        continue  # a training run has removed it in the meantime
-      reason = str(error).strip().splitlines()[0]
-      logging.warning(
-        "checkpoint %s cannot be read (%s); trying the one before",
-        folder / str(step),
-        reason,
-      )
-      bad.append(step)
-    else:
-      return loaded, step, bad
+  while True:
+    listed = steps(workdir)
+    bad, reason = [], ""
+    for step in reversed(listed):
+      try:
+        loaded = jax.block_until_ready(load(folder / str(step)))
+      except Exception as error:  # Orbax and tensorstore raise many kinds
+        if not (folder / str(step)).exists():
+          continue  # a training run has removed it in the meantime
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logging.warning(
+          "checkpoint %s cannot be read (%s); trying the one before",
+          folder / str(step),
+          reason,
+        )
+        bad.append(step)
+      else:
+        return loaded, step, bad
+    if steps(workdir) == listed:  # else training has moved on: look again
+      break
   if bad:
     raise ConfigError(
       f"none of the checkpoints in {folder} can be read (steps {bad[::-1]};"

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.data import pipeline
+from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.training import checkpoint, optimizer, state, telemetry
 
@@ -63,9 +64,9 @@ def train(config: ConfigDict, workdir: str) -> int:
   images = config.batch_size * config.data.sequence_length
   metrics = _Metrics(start, workdir)
   with (
+    _StopSignals() as stop,  # until the last checkpoint is on disk
     contextlib.closing(saver),
     telemetry.Telemetry(workdir, start, config.steps, images) as log,
-    _StopSignals() as stop,
   ):
     for step in range(start + 1, config.steps + 1):
       batch = jax.tree.map(
@@ -128,6 +129,9 @@ class _Metrics:
 
 
 def _check(config: ConfigDict) -> None:
+  for key in ("seed", "data.workers"):
+    if (value := config_lib.flatten(config.to_dict())[key]) < 0:
+      raise ConfigError(f"{key}={value} must not be negative")
   config_lib.positive(
     config,
     "steps",

@@ -90,7 +90,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Builds `step(state, batch) -> (state, metrics)`, jitted; donates `state`.
 
-  Metrics are the `loss` and the `grad_norm` before clipping, scalars.
+  Metrics are scalars: `loss`, `grad_norm` before clipping, and `param_norm`
+  after the update.
 
   Raises:
     ConfigError: micro-batches that do not divide the batch.
@@ -132,6 +133,12 @@ def make_train_step(
     state = TrainState(
       step=state.step + 1, params=params, ema=ema, optimizer=moments
     )
-    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    # The last one tells whether this very state is fit to be saved.
+    metrics = {
+      "loss": loss,
+      "grad_norm": optax.tree.norm(grads),
+      "param_norm": optax.tree.norm(params),
+    }
+    return state, metrics
 
   return jax.jit(step, donate_argnums=0)

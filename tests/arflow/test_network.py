@@ -272,6 +272,9 @@ def test_published_sizes(size, pixels):
   ("change", "named"),
   [
     ({"patch_size": 3}, "model.patch_size=3"),
+    ({"patch_size": 0}, "model.patch_size=0"),
+    ({"depth": 0}, "model.depth=0"),
+    ({"attention": "triton"}, "model.attention='triton'"),
     ({"num_heads": 3}, "model.num_heads=3"),
     ({"dtype": "float16"}, "model.dtype='float16'"),
     ({"remat": "some"}, "model.remat='some'"),

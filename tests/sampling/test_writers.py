@@ -12,6 +12,7 @@ LABELS = [3, 3, 3, 7, 7, 7]
 
 
 def _write(out, images=IMAGES):
+  writers.check_output(str(out), overwrite=True)
   blocks = iter([images[:4], images[4:]])
   writers.write(str(out), blocks, LABELS, ["3", "7"], 3)
 
@@ -74,6 +75,23 @@ def test_a_failure_half_way_leaves_the_old_output(tmp_path):
   assert len(list(out.iterdir())) == 6
 
 
-def test_other_forms_are_refused():
-  with pytest.raises(ConfigError, match=r"x.jpg must end in"):
-    writers.check_output("x.jpg", overwrite=False)
+def test_a_folder_of_anything_else_is_never_replaced(tmp_path):
+  kept = tmp_path / "run" / "checkpoints"
+  kept.mkdir(parents=True)
+  with pytest.raises(ConfigError, match="holds checkpoints, which is no image"):
+    writers.check_output(str(tmp_path / "run"), overwrite=True)
+  assert kept.is_dir()
+
+
+def test_other_forms_are_refused(tmp_path):
+  (tmp_path / "file").touch()
+  (tmp_path / "x.png").mkdir()
+  for name, message in {
+    "x.jpg": "must end in",
+    ".": "must end in",
+    str(tmp_path / "file"): "is a file already",
+    str(tmp_path / "x.png"): "is a folder already",
+    str(tmp_path / "file" / "new.png"): "cannot be written",
+  }.items():
+    with pytest.raises(ConfigError, match=message):
+      writers.check_output(name, overwrite=True)

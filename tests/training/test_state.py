@@ -56,7 +56,7 @@ def test_accumulation_changes_nothing_but_memory():
   norm = metrics["grad_norm"]
   np.testing.assert_allclose(accumulated["grad_norm"], norm, rtol=1e-4)
   for a, b in zip(*map(jax.tree.leaves, (whole.optimizer, parts.optimizer))):
-    np.testing.assert_allclose(a, b, atol=1e-5)
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
 def test_randomness_belongs_to_the_item():

@@ -3,6 +3,9 @@
 The public operator is `hybrid_attention`; one file per implementation.
 """
 
-from arflow_jax.kernels.hybrid_attention.api import hybrid_attention
+from arflow_jax.kernels.hybrid_attention.api import (
+  IMPLEMENTATIONS,
+  hybrid_attention,
+)
 
-__all__ = ["hybrid_attention"]
+__all__ = ["IMPLEMENTATIONS", "hybrid_attention"]

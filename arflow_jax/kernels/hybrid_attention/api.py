@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from arflow_jax.kernels.hybrid_attention import reference, xla
 
-_IMPLEMENTATIONS = {
+IMPLEMENTATIONS = {
   "reference": reference.hybrid_attention,
   "xla": xla.hybrid_attention,
 }
@@ -77,9 +77,9 @@ def hybrid_attention(
         f"{name} has shape {shape}, expected {wanted[name]} for q of {q.shape}"
       )
   name = implementation or "xla"
-  if name not in _IMPLEMENTATIONS:
+  if name not in IMPLEMENTATIONS:
     raise ValueError(
       f"implementation={name!r} is unknown; choose from"
-      f" {sorted(_IMPLEMENTATIONS)}"
+      f" {sorted(IMPLEMENTATIONS)}"
     )
-  return _IMPLEMENTATIONS[name](q, k, v, log_gate, state, num_chunks=num_chunks)
+  return IMPLEMENTATIONS[name](q, k, v, log_gate, state, num_chunks=num_chunks)
