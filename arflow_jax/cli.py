@@ -100,12 +100,14 @@ def _parse(argv: list[str]) -> None:
 
 def _unknown_key(argv: list[str], message: str) -> ConfigError:
   """Finds the override of no known key and names the nearest one."""
-  known = list(flatten(flags.FLAGS["config"].value.to_dict()))
-  for argument in argv[1:]:
-    key = argument.lstrip("-").partition("=")[0].removeprefix("config.")
-    if key not in known and argument.lstrip("-").startswith("config."):
-      hint = nearest(key, known)
-      return ConfigError(f"unknown config key --config.{key}{hint}")
+  words = " ".join(argv[1:]).replace("--config ", "--config=").split()
+  overrides = dict(w.lstrip("-").partition("=")[::2] for w in words)
+  config = flags.FLAGS["config"].parser.parse(overrides.get("config", ""))
+  known = list(flatten(config.to_dict()))
+  for name in overrides:
+    key = name.removeprefix("config.")
+    if key != name and key not in known:
+      return ConfigError(f"unknown config key --{name}{nearest(key, known)}")
   return ConfigError(" ".join(message.split()))
 
 

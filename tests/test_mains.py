@@ -66,7 +66,7 @@ def test_parsing_flags_imports_nothing_heavy():
     (
       "train",
       [CONFIG, "--workdir=x", "--config.optimizer.lr=1"],
-      "--config.optimizer.lr; did you mean optimizer.",
+      "--config.optimizer.lr; did you mean optimizer.peak_lr?",
     ),
     (
       "train",

@@ -1,4 +1,9 @@
-"""AdamW as both papers' code uses it: clipping, decay groups, schedules."""
+"""AdamW (arXiv 1711.05101) with the grouping of the published ARFlow recipe.
+
+Weight decay on everything with two or more axes, none on biases; gradients
+clipped by value (published) or by global norm; warm-up, then constant
+(published) or cosine learning rate.
+"""
 
 from typing import Any
 
