@@ -18,7 +18,8 @@ from arflow_jax.training import checkpoint, optimizer, state, telemetry
 def train(config: ConfigDict, workdir: str) -> int:
   """Trains until `config.steps`, resuming from the newest checkpoint.
 
-  SIGTERM or SIGINT saves after the step in progress and returns.
+  SIGTERM or SIGINT saves after the step in progress and returns; a second
+  SIGINT stops at once.
 
   Args:
     config: the full config; see `config.FREE` for what a relaunch may change.
@@ -147,11 +148,13 @@ class _StopSignals:
 
   def __init__(self):
     self.requested = False
+    self._interrupted = False
     self._before = {}
 
   def _request(self, number, frame):
-    if self.requested:  # the second one means it
-      raise KeyboardInterrupt
+    if number == signal.SIGINT and self._interrupted:
+      raise KeyboardInterrupt  # the second Ctrl-C means it
+    self._interrupted |= number == signal.SIGINT
     self.requested = True
 
   def __enter__(self):
