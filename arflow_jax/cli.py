@@ -74,7 +74,7 @@ def _parse(argv: list[str]) -> None:
   try:
     unexpected = flags.FLAGS(argv)[1:]
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-      flags.FLAGS.config.branch  # noqa: B018 - reports a file that did not load
+      flags.FLAGS.config.get("branch")  # raises where the file did not load
   except flags.UnrecognizedFlagError as error:
     name = error.flagname
     known = [f"--{flag}" for flag in flags.FLAGS]

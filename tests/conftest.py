@@ -1,14 +1,19 @@
 """Shared fixtures: reference values by environment variable, tiny configs."""
 
+import atexit
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 
 # Many tests compile the same programs: compile each once, for all workers and
 # for the mains they start. Set before JAX reads its environment.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp("arflow_jax")
+  atexit.register(
+    shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
+  )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
@@ -22,7 +27,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def _folder(variable: str) -> pathlib.Path:
   value = os.environ.get(variable)
   if not value:
-    pytest.skip(f"{variable} is not set: no reference values to compare with")
+    pytest.skip(f"{variable} is not set: no data to read")
   return pathlib.Path(value)
 
 

@@ -74,7 +74,7 @@ def train_step_speed(config: ConfigDict, repeats: int = 10) -> TrainSpeed:
   times, rates = [], []
   before = product_time()
   for _ in range(repeats):
-    seconds, (current, _) = _seconds(lambda: compiled(current, batch))  # noqa: B023
+    seconds, (current, _) = _seconds(compiled, current, batch)
     after = product_time()
     times.append(seconds)
     rates.append(2 * _SIDE**3 / statistics.mean([before, after]))
@@ -83,9 +83,9 @@ def train_step_speed(config: ConfigDict, repeats: int = 10) -> TrainSpeed:
   return TrainSpeed(compile_time, times, images, 3 * forward, rates)
 
 
-def _seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+def _seconds(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
   begin = time.monotonic()
-  result = jax.block_until_ready(call())
+  result = jax.block_until_ready(call(*args))
   return time.monotonic() - begin, result
 
 

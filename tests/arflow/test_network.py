@@ -115,14 +115,14 @@ def test_sublayers(path, load_parity):
   graphdef, stacked = nnx.split(model.blocks)
   x = jnp.asarray(z["out/x_embed"])
   for layer in range(shape.depth):
-    params = jax.tree.map(lambda p: p[layer], stacked)  # noqa: B023
+    params = jax.tree.map(lambda p, layer=layer: p[layer], stacked)
     block = nnx.merge(graphdef, params)
     attended = []
     inner = block.attention
 
-    def record(u, c, state):
-      out = inner(u, c, state)  # noqa: B023
-      attended.append(out[0])  # noqa: B023
+    def record(u, c, state, inner=inner, attended=attended):
+      out = inner(u, c, state)
+      attended.append(out[0])
       return out
 
     block.attention = record

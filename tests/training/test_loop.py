@@ -14,6 +14,7 @@ import pytest
 from arflow_jax import branches
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
+from arflow_jax.sampling import run
 from arflow_jax.training import checkpoint, loop, optimizer, state
 from tests.tiny import flags, tiny_config
 
@@ -147,17 +148,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_averaged_weights_alone_restore(straight):
-  branch = branches.build(tiny_config())
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
-    jax.eval_shape(branch.init, jax.random.key(0)),
-  )
-  ema, step = checkpoint.restore_ema(str(straight), abstract)
-  assert step == 4
+  restored = run.restore(str(straight))
+  assert restored.step == 4
   whole = _state(tiny_config(), straight)
-  assert _same(ema, whole.ema)
-  assert not _same(ema, whole.params)
+  assert _same(restored.params, whole.ema)
+  assert not _same(restored.params, whole.params)
 
 
 def _train(workdir, *args, **kwargs):

@@ -74,7 +74,7 @@ def test_randomness_belongs_to_the_item():
   loss = jax.jit(branch.loss)
   whole = loss(params, batch, keys)
   for i in range(4):
-    one = jax.tree.map(lambda x: x[i : i + 1], batch)  # noqa: B023
+    one = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
     alone = loss(params, one, keys[i : i + 1])
     np.testing.assert_allclose(alone, whole[i : i + 1], rtol=1e-5)
 
