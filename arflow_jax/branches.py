@@ -39,9 +39,6 @@ class Branch(Protocol):
   def init(self, key: Key[Array, ""]) -> Params:
     """Fresh parameters."""
 
-  def params_from_published(self, state_dict: dict[str, Any]) -> Params:
-    """Our parameters from a published state dict of numpy arrays."""
-
   def loss(
     self, params: Params, batch: dict[str, jax.Array], keys: Key[Array, "B"]
   ) -> Float[Array, "B"]:

@@ -35,9 +35,10 @@ class Parity:
   """One reference file: `param`, `input`, `output` and its `meta`."""
 
   def __init__(self, path: pathlib.Path):
-    self._arrays = np.load(path)
+    with np.load(path) as file:
+      self._arrays = dict(file)
     self.meta = json.loads(str(self._arrays["meta"]))
-    self.names = list(self._arrays.files)
+    self.names = list(self._arrays)
 
   def __getitem__(self, name: str):
     """Inputs as JAX arrays, everything else as numpy arrays."""

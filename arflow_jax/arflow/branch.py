@@ -1,13 +1,11 @@
 """ARFlow as the trainer, the sampler and the evaluator see it."""
 
-from typing import Any
-
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
-from arflow_jax.arflow import sampler, trajectory, weights
+from arflow_jax.arflow import sampler, trajectory
 from arflow_jax.arflow.network import ARFlow, Shape
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import objective
@@ -48,9 +46,6 @@ class ARFlowBranch:
 
   def init(self, key: Key[Array, ""]) -> Params:
     return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
-
-  def params_from_published(self, state_dict: dict[str, Any]) -> Params:
-    return weights.params_from_published(state_dict)
 
   def loss(
     self, params: Params, batch: dict[str, jax.Array], keys: Key[Array, "B"]

@@ -1,20 +1,29 @@
 """Drawing images with ARFlow: one denoising trajectory, one carried memory.
 
 The images of the sequence are the successive states of the trajectory. Every
-network call advances the state of every layer, from zeros at the start; all
-steps are one `lax.scan`, so the whole loop is one compiled program.
+step advances the state of every layer once, from zeros at the start; the whole
+loop is one compiled program.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from arflow_jax.arflow.network import ARFlow
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import guidance as guidance_lib
-from arflow_jax.flow import solvers
+from arflow_jax.flow import intervals, paths, solvers
+
+# The equation, and its integrator where that is not Euler's.
+METHODS = (
+  "sde",
+  "sde-heun",
+  "ode",
+  *(f"ode-{name}" for name in solvers.ODE_METHODS if name != "euler"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +31,13 @@ class Settings:
   """How a trajectory is integrated; the defaults are the published ones.
 
   Attributes:
-    method: "sde" (Euler-Maruyama) or "ode" (Euler).
-    num_steps: network evaluations per image, the last step included.
-    diffusion: form of the SDE's diffusion w(t).
-    diffusion_norm: factor on it.
-    last_step: how the SDE ends.
+    method: a name in `METHODS`: "sde" (Euler-Maruyama), "ode" (Euler) or one of
+      more stages, each stage a network evaluation.
+    num_steps: steps per image, an SDE's last step included.
+    diffusion: form of the SDE's diffusion w(t), a key of `solvers.DIFFUSIONS`.
+    diffusion_norm: its magnitude.
+    last_step: how the SDE ends, a name in `solvers.LAST_STEPS`; "none" takes
+      num_steps - 1 steps.
     last_step_size: length of that step; the SDE stops at 1 minus this.
     guidance: classifier-free guidance scale; 1 means none.
     guidance_low: lower end of the times at which guidance applies. Outside, the
@@ -47,9 +58,9 @@ class Settings:
   guidance_channels: int | None = None
 
   def __post_init__(self):
-    if self.method not in ("sde", "ode"):
+    if self.method not in METHODS:
       raise ConfigError(
-        f"sample.method={self.method!r} is unknown; choose 'sde' or 'ode'"
+        f"sample.method={self.method!r} is unknown; choose from {METHODS}"
       )
     if self.num_steps < 2:
       raise ConfigError(f"sample.num_steps={self.num_steps} must be at least 2")
@@ -74,9 +85,12 @@ class Settings:
 
 
 def guided_velocity(
-  network: ARFlow, labels: Int[Array, "B"], guidance: guidance_lib.Guidance
-) -> tuple[solvers.Velocity, Float[Array, "L R H D D"]]:
-  """The network as a velocity with carry, and the carry to start from.
+  network: ARFlow,
+  labels: Int[Array, "B"],
+  guidance: guidance_lib.Guidance,
+  times: Float[np.ndarray, "K"],
+) -> tuple[list[solvers.Velocity], Float[Array, "L R H D D"]]:
+  """The network as a velocity for each time, and the carry to start from.
 
   The carry is the state of every layer for R rows: B without guidance, 2B with
   it, the conditional memories first, then the unconditional ones.
@@ -99,10 +113,11 @@ def guided_velocity(
     v, cond = call(x, t, labels, state[:, :batch])
     return v, jax.lax.dynamic_update_slice_in_dim(state, cond, 0, 1)
 
-  rows = batch if guidance.scale == 1 else 2 * batch
+  velocities = guidance_lib.guide(pair, single, guidance, times)
+  rows = batch if all(v is single for v in velocities) else 2 * batch
   head = shape.width // shape.num_heads
   state = jnp.zeros((shape.depth, rows, shape.num_heads, head, head))
-  return guidance_lib.guide(pair, single, guidance), state
+  return velocities, state
 
 
 def sample(
@@ -126,18 +141,31 @@ def sample(
     draw = lambda key: jax.random.normal(jax.random.fold_in(key, i), image)
     return jax.vmap(draw)(keys)
 
-  velocity, state = guided_velocity(network, labels, settings.classifier_free())
-  start = noise(0)
-  if settings.method == "ode":
-    times = jnp.linspace(0.0, 1.0, settings.num_steps + 1)
-    return solvers.euler(velocity, start, state, times)[0]
-  times = jnp.linspace(0.0, 1.0 - settings.last_step_size, settings.num_steps)
-  x, _ = solvers.euler_maruyama(
-    velocity,
-    start,
+  guidance = settings.classifier_free()
+  equation, _, method = settings.method.partition("-")
+  method = method or "euler"
+  if equation == "ode":
+    low, high = intervals.sampling(paths.LINEAR)
+    times = np.linspace(low, high, settings.num_steps + 1, dtype=np.float32)
+    velocities, state = guided_velocity(network, labels, guidance, times[:-1])
+    times = jnp.asarray(times)
+    return solvers.ode(velocities, noise(0), state, times, method)[0]
+  low, high = intervals.sampling(
+    paths.LINEAR,
+    diffusion=settings.diffusion,
+    last_step_size=(
+      0.0 if settings.last_step == "none" else settings.last_step_size
+    ),
+  )
+  times = np.linspace(low, high, settings.num_steps, dtype=np.float32)
+  velocities, state = guided_velocity(network, labels, guidance, times)
+  x, _ = solvers.sde(
+    velocities,
+    noise(0),
     state,
-    times,
+    jnp.asarray(times),
     lambda i: noise(i + 1),
+    method=method,
     diffusion=settings.diffusion,
     diffusion_norm=settings.diffusion_norm,
     last_step=settings.last_step,

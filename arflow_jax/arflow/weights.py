@@ -1,76 +1,143 @@
-"""Published ARFlow weights to our parameters: the map of names and layouts.
+"""Published ARFlow weights to a network of ours, and back.
 
 The published code keeps a PyTorch state dict: linear weights are (out, in), the
 patch embedding is a convolution over (channel, row, column), blocks are counted
 in the name, and the fixed position table is stored along.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Float
 
-# (ours, theirs) inside a block and around the blocks; all are linear layers.
-_BLOCK = {
-  ("attention", "q_proj"): "attn.q_proj",
-  ("attention", "k_proj"): "attn.k_proj",
-  ("attention", "v_proj"): "attn.v_proj",
-  ("attention", "gate_proj"): "attn.g_proj",
-  ("attention", "decay_proj"): "attn.gt_proj",
-  ("attention", "out_proj"): "attn.out_proj",
-  ("mlp", "fc1"): "mlp.fc1",
-  ("mlp", "fc2"): "mlp.fc2",
-  ("modulation",): "adaLN_modulation.1",
-}
-_OUTER = {
-  ("time_embedding", "fc1"): "t_embedder.mlp.0",
-  ("time_embedding", "fc2"): "t_embedder.mlp.2",
-  ("final_modulation",): "final_layer.adaLN_modulation.1",
-  ("final_linear",): "final_layer.linear",
-}
-
-Params = dict[str, Any]
+from arflow_jax.arflow.network import ARFlow, Shape
+from arflow_jax.errors import ConfigError
+from arflow_jax.nn import patches, published
 
 
-def params_from_published(
-  state_dict: Mapping[str, Float[np.ndarray, "..."]],
-) -> Params:
-  """Our parameters, float32, from a published state dict.
+def _rows(shape: Shape) -> list[published.Row]:
+  """Our parameters and the published names."""
+  row, linear = published.Row, published.linear
+  convolution = published.patch_convolution(shape.patch_size, shape.channels)
+  attention, theirs = "blocks.attention.", "blocks.{}.attn."
+  return [
+    row("patch_embedding.kernel", "x_embedder.proj.weight", convolution),
+    row("patch_embedding.bias", "x_embedder.proj.bias"),
+    row("label_embedding.table", "y_embedder.embedding_table.weight"),
+    *linear("time_embedding.fc1", "t_embedder.mlp.0"),
+    *linear("time_embedding.fc2", "t_embedder.mlp.2"),
+    *linear(attention + "q_proj", theirs + "q_proj", bias=False),
+    *linear(attention + "k_proj", theirs + "k_proj", bias=False),
+    *linear(attention + "v_proj", theirs + "v_proj", bias=False),
+    *linear(attention + "gate_proj", theirs + "g_proj", bias=False),
+    *linear(attention + "decay_proj", theirs + "gt_proj", bias=False),
+    *linear(attention + "out_proj", theirs + "out_proj", bias=False),
+    *linear("blocks.mlp.fc1", "blocks.{}.mlp.fc1"),
+    *linear("blocks.mlp.fc2", "blocks.{}.mlp.fc2"),
+    *linear("blocks.modulation", "blocks.{}.adaLN_modulation.1"),
+    *linear("final_modulation", "final_layer.adaLN_modulation.1"),
+    *linear("final_linear", "final_layer.linear"),
+  ]
+
+
+def from_published(
+  state_dict: Mapping[str, Any],
+  *,
+  image_size: int | None = None,
+  dtype: str = "float32",
+) -> tuple[ARFlow, Shape]:
+  """A network with published weights, and the shape inferred from them.
+
+  Args:
+    state_dict: arrays (NumPy, or anything NumPy can read) by published name.
+      Of a training checkpoint, pass its `ema` entry.
+    image_size: side of the (latent) images; needed only where the position
+      table `pos_embed` is not among the weights.
+    dtype: type of the matrix products; no shape tells it.
+
+  Returns:
+    The network, float32 parameters, and its `Shape`.
 
   Raises:
-    KeyError: a weight that the network needs is not there.
+    ConfigError: names that are missing, unexpected or misshapen, a position
+      table of another network, or an image size that is not known.
   """
-  get = lambda name: np.asarray(state_dict[name], np.float32)
+  shape = _infer(state_dict, image_size, dtype)
+  graphdef, abstract = nnx.split(
+    nnx.eval_shape(lambda: ARFlow(shape, rngs=nnx.Rngs(0))), nnx.Param
+  )
+  buffers = {}
+  if "pos_embed" in state_dict:
+    buffers["pos_embed"] = (1, shape.side**2, shape.width)
+  params = published.restore(
+    state_dict, _rows(shape), nnx.to_pure_dict(abstract), buffers
+  )
+  if buffers:
+    table = patches.sincos_table(shape.side, shape.width)
+    error = np.abs(np.asarray(state_dict["pos_embed"])[0] - table).max()
+    if not error < 1e-4:
+      raise ConfigError(
+        f"pos_embed differs by {error:.3g} from the sine-cosine table that"
+        " these networks are built with: not an ARFlow of this layout"
+      )
+  return nnx.merge(graphdef, nnx.State(params)), shape
 
-  def linear(name: str) -> Params:
-    layer = {"kernel": get(name + ".weight").T}
-    if name + ".bias" in state_dict:
-      layer["bias"] = get(name + ".bias")
-    return layer
 
-  params: Params = {}
-  for path, name in _OUTER.items():
-    _put(params, path, linear(name))
-  conv = get("x_embedder.proj.weight")
-  params["patch_embedding"] = {
-    "kernel": conv.transpose(2, 3, 1, 0).reshape(-1, conv.shape[0]),
-    "bias": get("x_embedder.proj.bias"),
+def to_published(network: ARFlow) -> dict[str, Float[np.ndarray, "..."]]:
+  """The exact inverse of `from_published`: a state dict of float32 arrays."""
+  params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+  named = published.export(params, _rows(network.shape))
+  table = patches.sincos_table(network.shape.side, network.shape.width)
+  return jax.device_get({"pos_embed": table[None]} | named)
+
+
+def _infer(
+  state_dict: Mapping[str, Any], image_size: int | None, dtype: str
+) -> Shape:
+  """Sizes from shapes; only a few arrays are looked at, none is trusted yet."""
+  ranks = {
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.attn.gt_proj.weight": 2,
+    "final_layer.linear.weight": 2,
   }
-  table = get("y_embedder.embedding_table.weight")
-  params["label_embedding"] = {"table": table}
-  depth = 0
-  while f"blocks.{depth}.mlp.fc1.weight" in state_dict:
-    depth += 1
-  params["blocks"] = {}
-  for path, name in _BLOCK.items():
-    layers = [linear(f"blocks.{i}.{name}") for i in range(depth)]
-    stacked = {k: np.stack([layer[k] for layer in layers]) for k in layers[0]}
-    _put(params["blocks"], path, stacked)
-  return params
-
-
-def _put(tree: Params, path: tuple[str, ...], value: Params) -> None:
-  for part in path[:-1]:
-    tree = tree.setdefault(part, {})
-  tree[path[-1]] = value
+  sizes = {
+    name: tuple(state_dict[name].shape) for name in ranks if name in state_dict
+  }
+  for name, rank in ranks.items():
+    if len(sizes.get(name, ())) != rank:
+      raise ConfigError(
+        f"published weights lack {name} of {rank} axes, which tells the sizes"
+        f" (found {sizes.get(name, 'nothing')}); there are"
+        f" {len(state_dict)} names, such as {sorted(state_dict)[:3]}"
+      )
+  width, channels, patch, _ = sizes["x_embedder.proj.weight"]
+  if "pos_embed" in state_dict:
+    tokens = math.prod(state_dict["pos_embed"].shape) // width
+    stored = math.isqrt(tokens) * patch
+    if image_size not in (None, stored):
+      raise ConfigError(
+        f"image_size={image_size}, but pos_embed is that of {stored}"
+      )
+    image_size = stored
+  if image_size is None:
+    raise ConfigError(
+      "published weights without pos_embed do not tell the image size; give"
+      " image_size"
+    )
+  outputs = sizes["final_layer.linear.weight"][0]
+  return Shape(
+    image_size=image_size,
+    channels=channels,
+    patch_size=patch,
+    width=width,
+    depth=published.count_layers(state_dict, "blocks."),
+    num_heads=sizes["blocks.0.attn.gt_proj.weight"][0],
+    num_classes=sizes["y_embedder.embedding_table.weight"][0] - 1,
+    learn_sigma=outputs == 2 * channels * patch**2,
+    dtype=dtype,
+  )

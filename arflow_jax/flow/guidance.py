@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from arflow_jax.errors import ConfigError
@@ -63,33 +64,34 @@ class Guidance:
     return jnp.where(chosen, guided, cond)
 
 
-def guide(pair: Pair, single: Velocity, guidance: Guidance) -> Velocity:
-  """Builds the guided velocity of a model that carries state.
+def guide(
+  pair: Pair,
+  single: Velocity,
+  guidance: Guidance,
+  times: Float[np.ndarray, "K"],
+) -> list[Velocity]:
+  """Builds the guided velocity, one for each time, of a model with state.
+
+  The choice is made before the program is traced: outside the interval there is
+  no unconditional half in it, so that guidance costs nothing there.
 
   Args:
     pair: `(x, t, carry) -> (cond, uncond, carry)`, both halves in one call.
-    single: `(x, t, carry) -> (cond, carry)`, the conditional half alone; used
-      where guidance does not apply, so that it costs nothing there.
+    single: `(x, t, carry) -> (cond, carry)`, the conditional half alone.
     guidance: when and how the halves are combined.
+    times: concrete times at which steps start; what `solvers` then take.
 
   Returns:
-    `(x, t, carry) -> (velocity, carry)`; makes exactly one of the two calls.
+    For each time `(x, t, carry) -> (velocity, carry)`, one of two objects.
   """
   low, high = guidance.interval
-  # Grid points that stand on a bound count as inside, whatever their rounding.
-  low, high = low - 1e-6, high + 1e-6
 
-  def inside(x, t, carry):
+  def guided(x, t, carry):
     cond, uncond, carry = pair(x, t, carry)
     return guidance.combine(cond, uncond), carry
 
-  if guidance.scale == 1:
-    return single
-  if guidance.interval == (0.0, 1.0):
-    return inside
+  def inside(t):
+    # A time that stands on a bound counts as inside, whatever its rounding.
+    return guidance.scale != 1 and low - 1e-6 <= t <= high + 1e-6
 
-  def velocity(x, t, carry):
-    applies = (low <= t) & (t <= high)
-    return jax.lax.cond(applies, inside, single, x, t, carry)
-
-  return velocity
+  return [guided if inside(t) else single for t in times]

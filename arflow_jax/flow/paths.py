@@ -3,7 +3,7 @@
 `t = 0` is noise (x0), `t = 1` is data (x1). The paths are those of stochastic
 interpolants (SiT, arXiv 2401.08740, section 2): linear, generalised
 variance-preserving (GVP) and variance-preserving diffusion (VP). Conversions
-between velocity and score follow from the path's four coefficients.
+between velocity, score, noise and data follow from the path's coefficients.
 """
 
 import dataclasses
@@ -57,6 +57,19 @@ class Path:
     v = self.d_alpha(t) * x1 + self.d_sigma(t) * x0
     return x, v
 
+  def score_coefficient(
+    self, t: Float[Array, "*lead"]
+  ) -> Float[Array, "*lead"]:
+    """b(t) in `v = b s + f x`, with f = alpha'/alpha; b = f s^2 - s s'.
+
+    Half the squared diffusion of the SDE that the path reverses (SBDM).
+    Infinite at t = 0, but for VP.
+    """
+    sigma = self.sigma(t)
+    if self.name == "linear":
+      return sigma / t
+    return self.d_alpha_over_alpha(t) * sigma**2 - sigma * self.d_sigma(t)
+
   def score_from_velocity(
     self,
     v: Float[Array, "*lead h w C"],
@@ -70,6 +83,50 @@ class Path:
     ratio = 1 / self.d_alpha_over_alpha(t)
     sigma = self.sigma(t)
     return (ratio * v - x) / (sigma**2 - ratio * self.d_sigma(t) * sigma)
+
+  def noise_from_velocity(
+    self,
+    v: Float[Array, "*lead h w C"],
+    x: Float[Array, "*lead h w C"],
+    t: Float[Array, "*lead"],
+  ) -> Float[Array, "*lead h w C"]:
+    """Expected noise x0 that belongs to velocity `v` at `x`."""
+    t = expand_times(t, x)
+    if self.name == "linear":
+      return x - t * v
+    ratio = 1 / self.d_alpha_over_alpha(t)
+    return (ratio * v - x) / (ratio * self.d_sigma(t) - self.sigma(t))
+
+  def velocity_from_score(
+    self,
+    score: Float[Array, "*lead h w C"],
+    x: Float[Array, "*lead h w C"],
+    t: Float[Array, "*lead"],
+  ) -> Float[Array, "*lead h w C"]:
+    """Velocity of a score, `b s + f x` (SiT eq. 8); t > 0, but for VP."""
+    t = expand_times(t, x)
+    return self.score_coefficient(t) * score + self.d_alpha_over_alpha(t) * x
+
+  def velocity_from_noise(
+    self,
+    noise: Float[Array, "*lead h w C"],
+    x: Float[Array, "*lead h w C"],
+    t: Float[Array, "*lead"],
+  ) -> Float[Array, "*lead h w C"]:
+    """Velocity of a noise prediction, by score = -noise / sigma; t < 1."""
+    return self.velocity_from_score(
+      -noise / self.sigma(expand_times(t, x)), x, t
+    )
+
+  def data_from_score(
+    self,
+    score: Float[Array, "*lead h w C"],
+    x: Float[Array, "*lead h w C"],
+    t: Float[Array, "*lead"],
+  ) -> Float[Array, "*lead h w C"]:
+    """Expected data x1 given `x` (Tweedie's formula); t > 0, but for VP."""
+    t = expand_times(t, x)
+    return (x + self.sigma(t) ** 2 * score) / self.alpha(t)
 
 
 def expand_times(

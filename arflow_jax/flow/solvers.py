@@ -1,12 +1,15 @@
 """Integrators from noise (t = 0) to data (t = 1) that thread a carry along.
 
-The velocity is called exactly once per drift, because a recurrent model moves
-its memory on with every call. ODE: dx = v dt. SDE (SiT, arXiv 2401.08740,
+ODE: dx = v dt, on any grid, in either direction. SDE (SiT, arXiv 2401.08740,
 eq. 5): dx = [v + w(t) s] dt + sqrt(2 w(t)) dW with s the score and w any
-diffusion; all of them have the same marginals.
+diffusion; all of them have the same marginals. A recurrent model moves its
+memory on with every call, so a step of several stages keeps the carry of its
+first one: each noise level enters the memory once. The later stages start from
+that carry and theirs is dropped.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,14 +25,37 @@ Velocity = Callable[[jax.Array, jax.Array, Carry], tuple[jax.Array, Carry]]
 # step index [] -> standard normal noise [B, h, w, C]
 Noise = Callable[[jax.Array], jax.Array]
 
-# w(t) by name, from the path and the norm; more forms are more entries.
+# Explicit Runge-Kutta tableaux: (nodes, rows of coefficients, weights).
+ODE_METHODS = {
+  "euler": ((), (), (1,)),
+  "midpoint": ((1 / 2,), ((1 / 2,),), (0, 1)),
+  "heun2": ((1,), ((1,),), (1 / 2, 1 / 2)),
+  "heun3": ((1 / 3, 2 / 3), ((1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
+  # The 3/8 rule.
+  "rk4": (
+    (1 / 3, 2 / 3, 1),
+    ((1 / 3,), (-1 / 3, 1), (1, -1, 1)),
+    (1 / 8, 3 / 8, 3 / 8, 1 / 8),
+  ),
+}
+SDE_METHODS = ("euler", "heun")
+
+# w(t) by name, from the path, the time and the norm.
 DIFFUSIONS: dict[str, Callable[[paths.Path, jax.Array, float], jax.Array]] = {
+  "constant": lambda path, t, norm: norm * jnp.ones_like(t),
+  "sbdm": lambda path, t, norm: norm * path.score_coefficient(t),
   "sigma": lambda path, t, norm: norm * path.sigma(t),
+  "linear": lambda path, t, norm: norm * (1 - t),
+  "decreasing": lambda path, t, norm: (
+    0.25 * (norm * jnp.cos(jnp.pi * t) + 1) ** 2
+  ),
+  "increasing-decreasing": lambda path, t, norm: (
+    norm * jnp.sin(jnp.pi * t) ** 2
+  ),
 }
-# The end of an SDE by name, from x, the drift there and the size of the step.
-LAST_STEPS: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
-  "mean": lambda x, drift, size: x + drift * size,
-}
+# The end of an SDE by name: along the drift, along the velocity, to the data
+# that the score expects, or nowhere.
+LAST_STEPS = ("mean", "euler", "tweedie", "none")
 
 
 def check(diffusion: str, last_step: str) -> None:
@@ -44,77 +70,208 @@ def check(diffusion: str, last_step: str) -> None:
     )
 
 
-def euler(
-  velocity: Velocity,
-  x: Float[Array, "B h w C"],
+def ode(
+  velocity: Velocity | Sequence[Velocity],
+  x: Any,
   carry: Carry,
   times: Float[Array, "K"],
-) -> tuple[Float[Array, "B h w C"], Carry]:
-  """Euler's method for the ODE on a grid of K times: K - 1 velocity calls."""
+  method: str = "euler",
+) -> tuple[Any, Carry]:
+  """An explicit Runge-Kutta method on a grid of K times: K - 1 steps.
 
-  def step(loop, span):
-    x, carry = loop
-    t, t_next = span
+  Calls the velocity K - 1 times the stages of the method (`euler` 1, `midpoint`
+  and `heun2` 2, `heun3` 3, `rk4` 4).
+
+  Args:
+    velocity: the model, `(x, t, carry) -> (velocity, carry)`; or one for each
+      step, where neighbours that are the same object share a loop.
+    x: where to start, `[B, h, w, C]`; or a tree of arrays, if `velocity`
+      answers with such a tree.
+    carry: the model's state before the first call.
+    times: the grid, ascending, or descending to run from data to noise.
+    method: a name in `ODE_METHODS`.
+
+  Returns:
+    x at the last time, and the carry.
+
+  Raises:
+    ConfigError: an unknown method.
+    ValueError: velocities that are not one for each step.
+  """
+  if method not in ODE_METHODS:
+    raise ConfigError(
+      f"method={method!r} is unknown; choose from {sorted(ODE_METHODS)}"
+    )
+  nodes, rows, weights = ODE_METHODS[method]
+
+  def step(velocity, x, carry, i):
+    t, dt = times[i], times[i + 1] - times[i]
     v, carry = velocity(x, t, carry)
-    return (x + (t_next - t) * v, carry), None
+    slopes = [v]
+    for node, row in zip(nodes, rows):
+      v, _ = velocity(_move(x, dt, row, slopes), t + node * dt, carry)
+      slopes.append(v)
+    return _move(x, dt, weights, slopes), carry
 
-  (x, carry), _ = jax.lax.scan(step, (x, carry), (times[:-1], times[1:]))
-  return x, carry
+  return _loop(step, velocity, x, carry, times.shape[0] - 1)
 
 
-def euler_maruyama(
+def adaptive_ode(
   velocity: Velocity,
+  x: Any,
+  times: Float[Array, "K"],
+  *,
+  rtol: float = 1e-3,
+  atol: float = 1e-6,
+  max_steps: int = 4096,
+) -> Any:
+  """Dormand-Prince 5(4) with adaptive steps, by diffrax, without a carry.
+
+  The step size is one for the whole batch, so that an image depends on its
+  batch within the tolerances. A model with memory has no meaning here: the
+  number of its calls is not known, and rejected steps would enter the memory.
+
+  Args:
+    velocity: stateless, `(x, t, None) -> (velocity, None)`.
+    x: where to start: an array or a tree of arrays.
+    times: a grid in either direction, of which the two ends are used.
+    rtol: relative tolerance of a step.
+    atol: absolute tolerance of a step.
+    max_steps: raises when the end is not reached within so many steps.
+  """
+  import diffrax  # not needed by those who never come here
+
+  solution = diffrax.diffeqsolve(
+    diffrax.ODETerm(lambda t, x, _: velocity(x, t, None)[0]),
+    diffrax.Dopri5(),
+    times[0],
+    times[-1],
+    None,
+    x,
+    stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+    max_steps=max_steps,
+  )
+  return jax.tree.map(lambda leaf: leaf[-1], solution.ys)
+
+
+def sde(
+  velocity: Velocity | Sequence[Velocity],
   x: Float[Array, "B h w C"],
   carry: Carry,
   times: Float[Array, "K"],
   noise: Noise,
   *,
+  method: str = "euler",
   path: paths.Path = paths.LINEAR,
   diffusion: str = "sigma",
   diffusion_norm: float = 1.0,
   last_step: str = "mean",
   last_step_size: float = 0.04,
 ) -> tuple[Float[Array, "B h w C"], Carry]:
-  """Euler-Maruyama on an even grid of K times, then one last step.
+  """K - 1 stochastic steps on an even grid of K times, then one last step.
 
-  Makes K velocity calls: K - 1 stochastic steps, and the last step at
-  `times[-1]` along the mean, without noise.
+  Calls the velocity once a step with `euler` (Euler-Maruyama) and twice with
+  `heun` (noise first, then Heun's step of the drift), and once in the last
+  step, which is made at `times[-1]` without noise.
 
   Args:
-    velocity: the model, `(x, t, carry) -> (velocity, carry)`.
+    velocity: the model, `(x, t, carry) -> (velocity, carry)`; or one for each
+      time of the grid, where neighbours that are the same object share a loop.
     x: standard normal noise to start from.
     carry: the model's state before the first call.
-    times: even, ascending grid; the published ARFlow uses 250 points from 0 to
-      `1 - last_step_size`.
+    times: even, ascending grid over `intervals.sampling`; the published ARFlow
+      uses 250 points from 0 to `1 - last_step_size`.
     noise: the standard normal draw of step i, for i in 0 .. K - 2.
+    method: `euler` or `heun`.
     path: the path the velocity belongs to.
-    diffusion: name of w(t): `sigma`.
-    diffusion_norm: factor on w(t).
-    last_step: `mean`, one Euler step of the drift.
-    last_step_size: its size, so that the end is `times[-1] + last_step_size`.
+    diffusion: name of w(t), a key of `DIFFUSIONS`.
+    diffusion_norm: its magnitude.
+    last_step: `mean` (along the drift), `euler` (along the velocity), `tweedie`
+      (to the expected data) or `none` (no step and no call).
+    last_step_size: size of a `mean` or `euler` step.
 
   Returns:
     The sample and the carry after the last call.
 
   Raises:
-    ConfigError: an unknown diffusion or last step.
+    ConfigError: an unknown method, diffusion or last step.
+    ValueError: velocities that are not one for each time.
   """
   check(diffusion, last_step)
+  if method not in SDE_METHODS:
+    raise ConfigError(
+      f"method={method!r} is unknown; choose from {SDE_METHODS}"
+    )
+  count = times.shape[0]
+  if callable(velocity):
+    velocity = [velocity] * count
+  _check_count(velocity, count)
   dt = times[1] - times[0]
 
-  def drift(x, t, carry):
-    w = DIFFUSIONS[diffusion](path, t, diffusion_norm)
+  def diffusion_at(t):
+    return DIFFUSIONS[diffusion](path, t, diffusion_norm)
+
+  def score(v, x, t):
+    return path.score_from_velocity(v, x, jnp.broadcast_to(t, x.shape[:1]))
+
+  def drift(velocity, x, t, carry):
     v, carry = velocity(x, t, carry)
-    lead = jnp.broadcast_to(t, x.shape[:1])
-    return v + w * path.score_from_velocity(v, x, lead), w, carry
+    return v + diffusion_at(t) * score(v, x, t), carry
 
-  def step(loop, inputs):
-    x, carry = loop
-    i, t = inputs
-    d, w, carry = drift(x, t, carry)
-    return (x + d * dt + jnp.sqrt(2 * w * dt) * noise(i), carry), None
+  def step(velocity, x, carry, i):
+    t = times[i]
+    kick = jnp.sqrt(2 * diffusion_at(t) * dt) * noise(i)
+    if method == "euler":
+      d, carry = drift(velocity, x, t, carry)
+      return x + d * dt + kick, carry
+    x = x + kick
+    d, carry = drift(velocity, x, t, carry)
+    d_end, _ = drift(velocity, x + dt * d, t + dt, carry)
+    return x + dt / 2 * (d + d_end), carry
 
-  steps = (jnp.arange(times.shape[0] - 1), times[:-1])
-  (x, carry), _ = jax.lax.scan(step, (x, carry), steps)
-  d, _, carry = drift(x, times[-1], carry)
-  return LAST_STEPS[last_step](x, d, last_step_size), carry
+  x, carry = _loop(step, velocity[:-1], x, carry, count - 1)
+  if last_step == "none":
+    return x, carry
+  t = times[-1]
+  v, carry = velocity[-1](x, t, carry)
+  if last_step == "mean":
+    return x + last_step_size * (v + diffusion_at(t) * score(v, x, t)), carry
+  if last_step == "euler":
+    return x + last_step_size * v, carry
+  return path.data_from_score(
+    score(v, x, t), x, jnp.broadcast_to(t, x.shape[:1])
+  ), carry
+
+
+def _loop(step, velocity, x, carry, count):
+  """`step(velocity, x, carry, i)` for each i, one scan a run of velocities."""
+  if callable(velocity):
+    velocity = [velocity] * count
+  _check_count(velocity, count)
+  begin = 0
+  for _, run in itertools.groupby(velocity, key=id):
+    run = list(run)
+
+    def body(loop, i, velocity=run[0]):
+      return step(velocity, *loop, i), None
+
+    indices = jnp.arange(begin, begin + len(run))
+    (x, carry), _ = jax.lax.scan(body, (x, carry), indices)
+    begin += len(run)
+  return x, carry
+
+
+def _check_count(velocities, count):
+  if len(velocities) != count:
+    raise ValueError(f"{len(velocities)} velocities for {count} calls")
+
+
+def _move(x, dt, weights, slopes):
+  """x + dt * (weighted sum of slopes), over trees."""
+  return jax.tree.map(
+    lambda x, *slopes: (
+      x + dt * sum(w * slope for w, slope in zip(weights, slopes) if w)
+    ),
+    x,
+    *slopes,
+  )

@@ -1,38 +1,9 @@
-"""Networks from reference files and from the golden parameter fill."""
+"""The parameter fill of the golden values, and the network it makes."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from arflow_jax.arflow import weights
 from arflow_jax.arflow.network import ARFlow, Shape
-
-
-def network(shape: Shape, state_dict) -> ARFlow:
-  """An ARFlow with published parameters."""
-  graphdef, state = nnx.split(
-    nnx.eval_shape(lambda: ARFlow(shape, rngs=nnx.Rngs(0))), nnx.Param
-  )
-  params = weights.params_from_published(state_dict)
-  wanted = jax.tree.map(lambda a: a.shape, nnx.to_pure_dict(state))
-  assert jax.tree.map(np.shape, params) == wanted
-  return nnx.merge(graphdef, nnx.State(jax.tree.map(jnp.asarray, params)))
-
-
-def shape_of(constructor: dict) -> Shape:
-  """The shape that a reference file's constructor arguments describe."""
-  return Shape(
-    image_size=constructor["input_size"],
-    channels=constructor["in_channels"],
-    patch_size=constructor["patch_size"],
-    width=constructor["hidden_size"],
-    depth=constructor["depth"],
-    num_heads=constructor["num_heads"],
-    num_classes=constructor["num_classes"],
-    learn_sigma=constructor["learn_sigma"],
-  )
-
 
 GOLDEN = Shape(
   image_size=8,
@@ -43,6 +14,11 @@ GOLDEN = Shape(
   num_heads=2,
   num_classes=10,
 )
+
+
+def golden_network(rs: np.random.RandomState) -> ARFlow:
+  """The network of the golden values, for 8x8 latents."""
+  return weights.from_published(golden_state_dict(rs), image_size=8)[0]
 
 
 def golden_state_dict(rs: np.random.RandomState) -> dict[str, np.ndarray]:

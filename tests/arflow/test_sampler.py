@@ -5,43 +5,50 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arflow_jax.arflow import sampler
+from arflow_jax.arflow import sampler, weights
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import solvers
 from arflow_jax.flow.guidance import Guidance
-from tests.arflow.helpers import GOLDEN, golden_state_dict, network, shape_of
+from tests.arflow.helpers import golden_network
 from tests.conftest import (
   channels_first,
   channels_last,
   parity_files,
   relative_error,
 )
+from tests.flow.published import sampling_times, solver_settings
 
 
-def _chain(model, z, labels, noise, guidance, *, num_steps, **kwargs):
+def _chain(model, z, labels, noise, guidance, times, **kwargs):
   """Runs the published chain; returns the final sample and every call."""
-  velocity, state = sampler.guided_velocity(model, labels, guidance)
+  velocities, state = sampler.guided_velocity(model, labels, guidance, times)
   calls = []
 
-  def recorded(x, t, state):
-    v, state = velocity(x, t, state)
-    calls.append((np.asarray(x), float(t), np.asarray(v)))
-    return v, state
+  def record(velocity):
+    def recorded(x, t, state):
+      v, state = velocity(x, t, state)
+      calls.append((np.asarray(x), float(t), np.asarray(v)))
+      return v, state
+
+    return recorded
 
   batch = labels.shape[0]
   noise = channels_last(noise)[:, :batch]  # only the first half matters
-  stop = 1 - kwargs["last_step_size"]
-  times = jnp.linspace(0.0, stop, num_steps)
   with jax.disable_jit():
-    final, _ = solvers.euler_maruyama(
-      recorded, channels_last(z), state, times, lambda i: noise[i], **kwargs
+    final, _ = solvers.sde(
+      [record(velocity) for velocity in velocities],
+      channels_last(z),
+      state,
+      jnp.asarray(times),
+      lambda i: noise[i],
+      **kwargs,
     )
   return final, calls
 
 
 def test_golden_sample():
   rs = np.random.RandomState(1234)
-  model = network(GOLDEN, golden_state_dict(rs))
+  model = golden_network(rs)
   rs.standard_normal((2, 5, 4, 8, 8))
   rs.uniform(size=(2, 5))
   z = rs.standard_normal((2, 4, 8, 8)).astype(np.float32)
@@ -52,7 +59,7 @@ def test_golden_sample():
     jnp.array([3, 7]),
     noise,
     Guidance(1.5, channels=3),
-    num_steps=10,
+    np.linspace(0, 0.96, 10, dtype=np.float32),
     last_step_size=0.04,
   )
   assert len(calls) == 10
@@ -67,76 +74,58 @@ def test_golden_sample():
   np.testing.assert_allclose(final.std(), 1.13705, atol=1e-4)
 
 
-def _covered(run) -> bool:
-  """Whether the solvers offered so far can make this run."""
-  return (
-    run["path"] == "Linear"
-    and run["prediction"] == "velocity"
-    and run["sampling_method"] == "Euler"
-    and run["diffusion_form"] in solvers.DIFFUSIONS
-    and str(run["last_step"]).lower() in solvers.LAST_STEPS
-  )
-
-
 @pytest.mark.parametrize("path", parity_files("arflow_sde_sample*"))
 def test_sde_sample(path, load_parity):
   z = load_parity(path)
-  model = network(shape_of(z.meta["constructor"]), z.params())
-  runs = [run for run in z.meta["runs"] if _covered(run)]
-  assert runs
-  for run in runs:
+  model, _ = weights.from_published(z.params())
+  for run in z.meta["runs"]:
     name = run["name"]
     labels = jnp.asarray(z["in/y"])
     batch = len(labels)
+    settings = solver_settings(run)
+    times = sampling_times(run, settings)
     final, calls = _chain(
       model,
       z["in/z"],
       labels,
       z[f"in/{name}/noise"],
       Guidance(run["cfg_scale"] or 1.0, channels=3),
-      num_steps=run["num_steps"],
-      diffusion=run["diffusion_form"],
-      diffusion_norm=run["diffusion_norm"],
-      last_step=run["last_step"].lower(),
-      last_step_size=run["last_step_size"],
+      times,
+      **settings,
     )
+    limit = 2e-5 if settings["diffusion"] == "sbdm" else 1e-5
     outputs = z[f"out/{name}/model_output"]
     steps = z[f"out/{name}/steps"]
     assert len(calls) == len(outputs)
     times = [t for _, t, _ in calls]
     np.testing.assert_allclose(times, z[f"out/{name}/model_times"], atol=1e-6)
     for k, (x, _, v) in enumerate(calls):
-      assert relative_error(channels_first(v), outputs[k][:batch]) < 1e-5
+      assert relative_error(channels_first(v), outputs[k][:batch]) < limit
       if k:
         wanted = steps[k - 1][:batch]
-        assert relative_error(channels_first(x), wanted) < 1e-5
-    assert relative_error(channels_first(final), z[f"out/{name}/final"]) < 1e-5
+        assert relative_error(channels_first(x), wanted) < limit
+    assert relative_error(channels_first(final), z[f"out/{name}/final"]) < limit
 
 
 def _model():
-  return network(GOLDEN, golden_state_dict(np.random.RandomState(0)))
+  return golden_network(np.random.RandomState(0))
 
 
 KEYS = jax.vmap(jax.random.key)(jnp.arange(2))
 LABELS = jnp.array([1, 4])
 
 
-def test_published_defaults_make_250_calls_ending_at_one():
-  settings = sampler.Settings()
-  times = []
-  real = solvers.euler_maruyama
+def test_published_defaults_make_250_calls_ending_at_one(monkeypatch):
+  seen = []
 
   def record(velocity, x, carry, grid, noise, **kwargs):
-    times.append((np.asarray(grid), kwargs))
+    seen.append((len(velocity), np.asarray(grid), kwargs))
     return x, carry
 
-  solvers.euler_maruyama = record
-  try:
-    sampler.sample(_model(), KEYS, LABELS, settings)
-  finally:
-    solvers.euler_maruyama = real
-  grid, kwargs = times[0]
-  assert len(grid) == 250
+  monkeypatch.setattr(solvers, "sde", record)
+  sampler.sample(_model(), KEYS, LABELS, sampler.Settings())
+  calls, grid, kwargs = seen[0]
+  assert calls == len(grid) == 250
   np.testing.assert_allclose(
     grid[[0, 1, 249]], [0, 0.00385542, 0.96], rtol=1e-5
   )
@@ -144,7 +133,7 @@ def test_published_defaults_make_250_calls_ending_at_one():
   assert kwargs["diffusion"] == "sigma"
 
 
-@pytest.mark.parametrize("method", ["sde", "ode"])
+@pytest.mark.parametrize("method", ["sde", "sde-heun", "ode", "ode-rk4"])
 def test_an_image_depends_on_its_key_and_label_only(method):
   settings = sampler.Settings(method=method, num_steps=4, guidance=2.0)
   draw = jax.jit(lambda k, y: sampler.sample(_model(), k, y, settings))
@@ -184,11 +173,12 @@ def test_guidance_outside_every_time_is_no_guidance():
   ("change", "named"),
   [
     ({"method": "heun"}, "sample.method='heun'"),
+    ({"method": "ode-dopri5"}, "sample.method='ode-dopri5'"),
     ({"num_steps": 1}, "sample.num_steps=1"),
     ({"last_step_size": 0.0}, "sample.last_step_size=0.0"),
     ({"diffusion_norm": 0.0}, "sample.diffusion_norm=0.0"),
     ({"diffusion": "sgma"}, "diffusion='sgma'"),
-    ({"last_step": "none"}, "last_step='none'"),
+    ({"last_step": "nothing"}, "last_step='nothing'"),
     ({"guidance": -1.0}, "guidance=-1.0"),
     ({"guidance_low": 0.9, "guidance_high": 0.1}, "guidance interval"),
     ({"guidance_channels": 0}, "guidance_channels=0"),

@@ -5,34 +5,70 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arflow_jax.flow import objective, paths
+from arflow_jax.flow import paths, solvers
+from arflow_jax.flow.paths import GVP, LINEAR, VP
 from tests.conftest import (
   channels_first,
   channels_last,
   parity_files,
   relative_error,
 )
+from tests.flow.published import stand_in
 
 
-@pytest.mark.parametrize("path", parity_files("arflow_transport_sequence*"))
-def test_sequence_loss(path, load_parity):
+@pytest.mark.parametrize("path", parity_files("transport_losses*"))
+def test_published_grid(path, load_parity):
+  """Every coefficient, diffusion form and conversion on a grid of times."""
   z = load_parity(path)
-  x1 = channels_last(z["in/x1"])
-  for run in z.meta["runs"]:
-    name = run["name"]
-    x0 = channels_last(z[f"in/{name}/x0"])
-    t = jnp.sort(z[f"in/{name}/uniform"], axis=1)
-    assert relative_error(t, z[f"out/{name}/t"]) < 1e-6
-    x, v = paths.PATHS[run["path"].lower()].interpolate(x0, x1, t)
-    assert relative_error(channels_first(x), z[f"out/{name}/xt"]) < 1e-5
-    assert relative_error(channels_first(v), z[f"out/{name}/ut"]) < 1e-5
-    w = z["param/W"]
-    pred = jnp.einsum("bshwj,ij->bshwi", x, w)
-    pred += z["param/a"] * t[..., None, None, None]
-    pred += z["param/b"]
-    assert relative_error(channels_first(pred), z[f"out/{name}/pred"]) < 1e-5
-    loss = objective.velocity_loss(pred, v)
-    assert relative_error(loss, z[f"out/{name}/loss"]) < 1e-5
+  t = z["in/grid_t"]
+  x, v = channels_last(z["in/grid_x"]), channels_last(z["in/grid_v"])
+  wide = paths.expand_times(t, x)
+  for name, path in (("Linear", LINEAR), ("GVP", GVP), ("VP", VP)):
+    grid = lambda key, name=name: z[f"out/grid/{name}/{key}"]
+    scalars = {
+      "alpha": path.alpha(t),
+      "d_alpha": path.d_alpha(t),
+      "sigma": path.sigma(t),
+      "d_sigma": path.d_sigma(t),
+      "d_alpha_alpha_ratio": path.d_alpha_over_alpha(t),
+      "drift_var": path.score_coefficient(t),
+    }
+    for form in ("constant", "SBDM", "sigma", "linear", "decreasing"):
+      w = solvers.DIFFUSIONS[form.lower()]
+      scalars[f"diffusion_{form}"] = w(path, t, 0.8)
+    form = "increasing-decreasing"
+    scalars[f"diffusion_{form}"] = solvers.DIFFUSIONS[form](path, t, 0.8)
+    for key, value in scalars.items():
+      assert relative_error(value, grid(key)) < 2e-5, (name, key)
+    images = {
+      "drift_mean": -path.d_alpha_over_alpha(wide) * x,
+      "score_from_velocity": path.score_from_velocity(v, x, t),
+      "noise_from_velocity": path.noise_from_velocity(v, x, t),
+      "velocity_from_score": path.velocity_from_score(v, x, t),
+    }
+    for prediction in ("velocity", "noise", "score"):
+      output = [
+        stand_in(z, prediction)(x[i : i + 1], t[i], None)[0]
+        for i in range(len(t))
+      ]
+      convert = {
+        "velocity": lambda v, x, t: v,
+        "noise": path.velocity_from_noise,
+        "score": path.velocity_from_score,
+      }[prediction]
+      drift = convert(jnp.concatenate(output), x, t)
+      images[f"{prediction}/ode_drift"] = drift
+      score = {
+        "velocity": path.score_from_velocity,
+        "noise": lambda e, x, t, path=path: (
+          -e / path.sigma(paths.expand_times(t, x))
+        ),
+        "score": lambda s, x, t: s,
+      }[prediction]
+      images[f"{prediction}/score"] = score(jnp.concatenate(output), x, t)
+    for key, value in images.items():
+      error = relative_error(channels_first(value), grid(key))
+      assert error < 2e-5, (name, key)
 
 
 @pytest.mark.parametrize("name", paths.PATHS)
@@ -75,10 +111,29 @@ def test_score_of_gaussian_data(name):
   )
 
 
-def test_sorted_times_ascend_and_cover_the_interval():
-  keys = jax.random.split(jax.random.key(0), 500)
-  t = jax.vmap(lambda k: objective.sorted_uniform_times(k, 5))(keys)
-  assert (np.diff(t, axis=1) >= 0).all()
-  np.testing.assert_allclose(t.mean(0), np.arange(1, 6) / 6, atol=0.03)
-  assert t.min() >= 0
-  assert t.max() < 1
+@pytest.mark.parametrize("name", paths.PATHS)
+def test_conversions_invert_each_other(name):
+  """Known answer 4 of SiT's conversions, and Tweedie against Gaussian data."""
+  path, m, s = paths.PATHS[name], 0.4, 0.6
+  t = jnp.linspace(0.02, 0.98, 33)
+  keys = jax.random.split(jax.random.key(0), 2)
+  x, v = (jax.random.normal(key, (33, 2, 2, 1)) for key in keys)
+  back = path.velocity_from_score(path.score_from_velocity(v, x, t), x, t)
+  np.testing.assert_allclose(back, v, rtol=1e-3, atol=1e-3)
+  back = path.velocity_from_noise(path.noise_from_velocity(v, x, t), x, t)
+  np.testing.assert_allclose(back, v, rtol=1e-3, atol=1e-3)
+  wide = paths.expand_times(t, x)
+  a, b = path.alpha(wide), path.sigma(wide)
+  variance = a**2 * s**2 + b**2
+  expected = m + a * s**2 / variance * (x - a * m)
+  score = -(x - a * m) / variance
+  np.testing.assert_allclose(
+    path.data_from_score(score, x, t), expected, rtol=1e-3, atol=2e-3
+  )
+
+
+def test_linear_tweedie_is_a_step_to_the_end():
+  x, v = jnp.ones((3, 1, 1, 1)), jnp.full((3, 1, 1, 1), 0.3)
+  t = jnp.array([0.1, 0.5, 0.96])
+  data = LINEAR.data_from_score(LINEAR.score_from_velocity(v, x, t), x, t)
+  np.testing.assert_allclose(data[:, 0, 0, 0], 1 + (1 - t) * 0.3, rtol=1e-5)

@@ -1,0 +1,152 @@
+"""Published PyTorch weights to our parameters and back, by a table of names.
+
+Each branch lists its `Row`s; this module does the rest: layouts, blocks that
+are counted in their names and stacked in ours, and the full account of what is
+missing, unexpected or misshapen. It reads arrays only and executes nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from arflow_jax.errors import ConfigError
+
+Params = dict[str, Any]
+StateDict = dict[str, Float[np.ndarray, "..."]]
+
+
+class Layout(NamedTuple):
+  """How one array is turned round on the way out and on the way in."""
+
+  out: Callable[[jax.Array], jax.Array]
+  back: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Layout(lambda a: a, lambda a: a)
+TRANSPOSED = Layout(lambda a: a.T, lambda a: a.T)
+
+
+def patch_convolution(patch: int, channels: int) -> Layout:
+  """A projection of patches, `[p^2 C, E]`, as a convolution, (E, C, p, p)."""
+  return Layout(
+    lambda a: a.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1),
+    lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),
+  )
+
+
+class Row(NamedTuple):
+  """One array: our dotted path, the published name, and its layout.
+
+  A published name with `{}` stands for one array per layer; ours holds them
+  stacked along the first axis.
+  """
+
+  ours: str
+  theirs: str
+  layout: Layout = SAME
+
+
+def linear(ours: str, theirs: str, *, bias: bool = True) -> list[Row]:
+  """The rows of a linear layer."""
+  rows = [Row(f"{ours}.kernel", f"{theirs}.weight", TRANSPOSED)]
+  return [*rows, Row(f"{ours}.bias", f"{theirs}.bias")] if bias else rows
+
+
+def count_layers(state_dict: Mapping[str, Any], prefix: str) -> int:
+  """One more than the largest i in names that begin with `prefix` and `i.`."""
+  tails = (n.removeprefix(prefix) for n in state_dict if n.startswith(prefix))
+  found = [int(i) for i, _, rest in (t.partition(".") for t in tails) if rest]
+  return max(found, default=-1) + 1
+
+
+def export(params: Params, rows: list[Row]) -> dict[str, Any]:
+  """Published names and layouts of `params`, or of any tree shaped like it.
+
+  Raises:
+    KeyError: parameters that no row names.
+  """
+  flat = _flatten(params)
+  named: dict[str, Any] = {}
+  for row in rows:
+    array = flat.pop(row.ours)
+    if "{}" in row.theirs:
+      for i in range(array.shape[0]):
+        named[row.theirs.format(i)] = row.layout.out(array[i])
+    else:
+      named[row.theirs] = row.layout.out(array)
+  if flat:
+    raise KeyError(f"no row for {sorted(flat)}")
+  return named
+
+
+def restore(
+  state_dict: Mapping[str, Any],
+  rows: list[Row],
+  abstract: Params,
+  buffers: Mapping[str, tuple[int, ...]],
+) -> Params:
+  """Our parameters, float32, from a published state dict.
+
+  Args:
+    state_dict: arrays by published name; every key is accounted for.
+    rows: the table of the network.
+    abstract: our parameters as `ShapeDtypeStruct`s.
+    buffers: shapes of the entries that are no parameters.
+
+  Raises:
+    ConfigError: names that are missing, unexpected or misshapen, all of them.
+  """
+  wanted = jax.eval_shape(lambda p: export(p, rows), abstract)
+  shapes = {name: a.shape for name, a in wanted.items()} | dict(buffers)
+  check_names(state_dict, shapes)
+  flat = _flatten(abstract)
+  params: Params = {}
+  for row in rows:
+    stacked = "{}" in row.theirs
+    layers = flat[row.ours].shape[0] if stacked else 1
+    names = [row.theirs.format(i) for i in range(layers)]
+    arrays = [
+      row.layout.back(np.asarray(state_dict[name], np.float32))
+      for name in names
+    ]
+    *path, leaf = row.ours.split(".")
+    node = params
+    for part in path:
+      node = node.setdefault(part, {})
+    node[leaf] = jnp.asarray(np.stack(arrays) if stacked else arrays[0])
+  return params
+
+
+def check_names(
+  state_dict: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+  """Raises ConfigError unless there are just these names and shapes."""
+  misshapen = [
+    f"{name} {tuple(state_dict[name].shape)} instead of {tuple(shape)}"
+    for name, shape in shapes.items()
+    if name in state_dict and tuple(state_dict[name].shape) != tuple(shape)
+  ]
+  faults = {
+    "missing": sorted(shapes.keys() - state_dict.keys()),
+    "unexpected": sorted(state_dict.keys() - shapes.keys()),
+    "misshapen": misshapen,
+  }
+  if any(faults.values()):
+    raise ConfigError(
+      "published weights do not fit this network: "
+      + "; ".join(f"{k}: {', '.join(v)}" for k, v in faults.items() if v)
+    )
+
+
+def _flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat

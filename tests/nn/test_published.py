@@ -1,0 +1,66 @@
+"""The map of names between published weights and ours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arflow_jax.errors import ConfigError
+from arflow_jax.nn import published
+
+ROWS = [
+  *published.linear("head", "out"),
+  *published.linear("blocks.fc", "blocks.{}.fc", bias=False),
+  published.Row("patch", "conv.weight", published.patch_convolution(2, 3)),
+]
+
+
+def _params():
+  keys = jax.random.split(jax.random.key(0), 4)
+  return {
+    "head": {
+      "kernel": jax.random.normal(keys[0], (4, 6)),
+      "bias": jax.random.normal(keys[1], (6,)),
+    },
+    "blocks": {"fc": {"kernel": jax.random.normal(keys[2], (11, 4, 5))}},
+    "patch": jax.random.normal(keys[3], (12, 7)),
+  }
+
+
+def test_layouts_and_layers_go_out_and_come_back():
+  params = _params()
+  named = published.export(params, ROWS)
+  assert len(named) == 3 + 11
+  np.testing.assert_array_equal(
+    named["blocks.10.fc.weight"], params["blocks"]["fc"]["kernel"][10].T
+  )
+  # A patch flattened as (row, column, channel) meets conv weight (C, row, col).
+  assert named["conv.weight"].shape == (7, 3, 2, 2)
+  np.testing.assert_array_equal(
+    named["conv.weight"][5, 2, 1, 0], params["patch"][1 * 6 + 0 * 3 + 2, 5]
+  )
+  named["table"] = jnp.zeros(3)  # a buffer
+  abstract = jax.eval_shape(lambda: params)
+  back = published.restore(named, ROWS, abstract, {"table": (3,)})
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_layers_are_counted_by_the_largest_index():
+  names = ["blocks.0.a", "blocks.10.a", "blocks.2.b", "blocks.x", "other.11.a"]
+  assert published.count_layers(dict.fromkeys(names), "blocks.") == 11
+  assert published.count_layers({}, "blocks.") == 0
+
+
+def test_a_parameter_without_a_row_is_an_error():
+  with pytest.raises(KeyError, match=r"head\.bias"):
+    published.export(_params(), [r for r in ROWS if r.ours != "head.bias"])
+
+
+def test_all_faults_are_named_together():
+  shapes = {"a": (2, 3), "b": (4,), "c": ()}
+  given = {"a": np.zeros((3, 2)), "c": np.zeros(()), "d": np.zeros(1)}
+  with pytest.raises(ConfigError) as caught:
+    published.check_names(given, shapes)
+  assert str(caught.value).endswith(
+    "missing: b; unexpected: d; misshapen: a (3, 2) instead of (2, 3)"
+  )
