@@ -1,10 +1,12 @@
-"""Times the train step of a config beside the machine's matrix-product rate.
+"""Times a config's train step and sampler beside the matrix-product rate.
 
   python -m arflow_jax.bench --config=configs/arflow.py:imagenet128-s2 \\
-    --config.batch_size=4
+    --config.batch_size=4 --config.sample.block_size=8 \\
+    --config.sample.num_steps=20 --out=s2.json
 
-Random images stand in for the data. The whole step is timed, update included;
-the share is that of the rate of a 2048-cube product measured in the same run.
+Weights and images are random, the train step is whole, update included, and
+sampling follows the config's own `sample` settings. --compare prints the ratios
+of this run over an earlier --out.
 """
 
 from absl import flags
@@ -13,13 +15,27 @@ from arflow_jax import cli
 
 
 def main() -> None:
-  from arflow_jax.analysis import benchmark
+  from arflow_jax.analysis import bench_report, benchmark
 
-  speed = benchmark.train_step_speed(flags.FLAGS.config, flags.FLAGS.repeats)
-  print(benchmark.report(speed))
+  args = flags.FLAGS
+  if args.out:
+    bench_report.check_output(args.out, args.overwrite)
+  other = bench_report.read(args.compare) if args.compare else None
+  speeds = benchmark.measure(args.config, args.what, args.repeats)
+  print(bench_report.table(speeds, args.config.model.dtype))
+  measured = bench_report.record(speeds, args.config)
+  if other:
+    print("\n" + bench_report.compare(measured, other))
+  if args.out:
+    bench_report.write(args.out, measured)
+    print(args.out)
 
 
 if __name__ == "__main__":
   cli.define_config()
-  flags.DEFINE_integer("repeats", 10, "Timed steps.", lower_bound=1)
+  flags.DEFINE_list("what", "train,sample", "Programs to time.")
+  flags.DEFINE_integer("repeats", 10, "Timed calls of each.", lower_bound=10)
+  flags.DEFINE_string("out", None, "X.json to keep the figures in.")
+  flags.DEFINE_string("compare", None, "X.json of another run, for ratios.")
+  flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
   cli.run(main)

@@ -64,7 +64,9 @@ def _help() -> str:
   for module in (__name__, sys.argv[0]):
     for flag in modules.get(module, []):
       note = (
-        "required" if flag.name in _required else f"default {flag.default!r}"
+        "required"
+        if flag.name in _required
+        else f"default {flag.default_as_str}"
       )
       lines.append(f"  --{flag.name:12} {flag.help} ({note})")
   return "\n".join(lines)

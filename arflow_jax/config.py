@@ -117,7 +117,11 @@ def nearest(key: str, known: list[str]) -> str:
 
 
 def update(group: ConfigDict, overrides: dict[str, Any], name: str) -> None:
-  """Sets keys of a group, with one clear error for an unknown key or type."""
+  """Sets keys of a group.
+
+  Raises:
+    ConfigError: an unknown key, or a value of another type.
+  """
   for key, value in overrides.items():
     if key not in group:
       raise ConfigError(f"{name}.{key} is unknown{nearest(key, list(group))}")

@@ -56,6 +56,9 @@ def test_parsing_flags_imports_nothing_heavy():
   [
     ("train", [CONFIG], "--workdir is required"),
     ("train", ["--workdir=x"], "--config is required"),
+    ("bench", [CONFIG, "--what=train,smaple"], "--what=smaple is unknown"),
+    ("bench", [CONFIG, "--compare=none.json"], "--compare=none.json is no"),
+    ("bench", [CONFIG, "--out=speed.txt"], "--out=speed.txt must end in .json"),
     ("train", [CONFIG, "--workdri=x"], "--workdri; did you mean --workdir?"),
     ("train", [CONFIG, "--workdir=x", "y"], "unexpected argument 'y'"),
     (
@@ -175,8 +178,25 @@ def test_train_then_sample(tmp_path):
   assert out.stat().st_size > 0
 
 
-def test_bench_prints_the_share():
-  done = _run("bench", *flags(), "--repeats=2")
+def test_bench_prints_keeps_and_compares(tmp_path):
+  out = tmp_path / "kept" / "a.json"
+  done = _run("bench", *flags(), f"--out={out}")
   assert done.returncode == 0, done.stderr
-  for row in ("compile time", "step time", "images/s", "share of it"):
+  for row in (
+    "compile time",
+    "step time (median)",
+    "images/s",
+    "share of its rate",
+    "peak memory",
+    "input wait",
+  ):
     assert row in done.stdout
+  done = _run("bench", *flags(), "--what=sample", f"--out={out}")
+  assert done.returncode == 1
+  assert "exists; give --overwrite" in done.stderr
+  done = _run("bench", *flags(), "--what=sample", f"--compare={out}")
+  assert done.returncode == 0, done.stderr
+  head, _, ratios = done.stdout.partition("this run / the other")
+  assert "train" not in head
+  assert "step_time" in ratios
+  assert "train" not in ratios

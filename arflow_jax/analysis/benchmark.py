@@ -1,108 +1,233 @@
-"""Times the train step of a config beside the machine's matrix-product rate.
+"""Times a config's train step and its sampler beside the matrix-product rate.
 
-Both are measured in turn in the same run, because the speed of a shared machine
-drifts: the share is the median of the pairs.
+A program and a large matrix product run in turn in one process, because the
+speed of a shared machine drifts: the share is the median of the pairs. Model
+FLOPs are those of the products in the jaxpr (`flops.count`), 3x the forward
+pass for a train step: what remat computes twice counts once.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tqdm
 from ml_collections import ConfigDict
 
 from arflow_jax import branches
+from arflow_jax import config as config_lib
 from arflow_jax.analysis import flops
+from arflow_jax.data import pipeline, sources
+from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.training import optimizer, state
 
-_SIDE = 2048  # of the matrix product that sets the scale
+PROGRAMS = ("train", "sample")
 
 
-class TrainSpeed(NamedTuple):
-  """What `train_step_speed` measured; times in seconds, rates in FLOP/s."""
+@dataclasses.dataclass(frozen=True)
+class Speed:
+  """What was measured of one program; seconds, bytes and FLOP/s.
+
+  Attributes:
+    compile_time: of lowering and compiling.
+    step_times: of each call, one train step or one block of images.
+    images: per call; a sequence counts as all its images.
+    flops: model FLOPs per call.
+    product_rates: of the matrix product around each call, all devices.
+    peak_memory: arguments, results and temporaries of the compiled program, on
+      one device.
+    input_wait: seconds per step that the train loop waits for its batch.
+    input_source: where those batches came from.
+  """
 
   compile_time: float
   step_times: list[float]
-  images: int  # per step
-  flops: int  # model FLOPs per step: 3x the forward pass, no recomputation
+  images: int
+  flops: int
   product_rates: list[float]
+  peak_memory: int
+  input_wait: float | None = None
+  input_source: str | None = None
+
+  @property
+  def step_time(self) -> float:
+    """Median seconds per call."""
+    return statistics.median(self.step_times)
 
   @property
   def share(self) -> float:
-    """Median, over the pairs, of step rate over matrix-product rate."""
+    """Median, over the pairs, of program rate over matrix-product rate."""
     pairs = zip(self.step_times, self.product_rates)
     return statistics.median(self.flops / t / rate for t, rate in pairs)
 
+  def summary(self) -> dict[str, float | None]:
+    """The figures by name, one number each."""
+    return {
+      "compile_time": self.compile_time,
+      "step_time": self.step_time,
+      "images": self.images,
+      "images_per_second": self.images / self.step_time,
+      "flops": self.flops,
+      "flops_per_second": self.flops / self.step_time,
+      "product_rate": statistics.median(self.product_rates),
+      "share": self.share,
+      "peak_memory": self.peak_memory,
+      "input_wait": self.input_wait,
+    }
 
-def train_step_speed(config: ConfigDict, repeats: int = 10) -> TrainSpeed:
-  """Measures the whole train step, update included, on random images.
+
+def measure(
+  config: ConfigDict, what: list[str], repeats: int = 10
+) -> dict[str, Speed]:
+  """Measures the programs named in `what`.
 
   Raises:
-    ConfigError: a config that cannot be trained on this machine.
+    ConfigError: an unknown program, or a config that cannot run here.
   """
+  for name in what:
+    if name not in PROGRAMS:
+      raise ConfigError(
+        f"--what={name} is unknown; choose from {','.join(PROGRAMS)}"
+      )
+  config_lib.positive(config, "batch_size", "sample.block_size")
   branch = branches.build(config)
+  programs = {"train": _train_speed, "sample": _sample_speed}
+  return {name: programs[name](branch, config, repeats) for name in what}
+
+
+def _train_speed(
+  branch: branches.Branch, config: ConfigDict, repeats: int
+) -> Speed:
+  """The whole train step, update included, on random images."""
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
   tx = optimizer.make_optimizer(config.optimizer, branch.axes)
   step = state.make_train_step(branch, tx, config)
   current = state.init_state(branch, tx, mesh, jax.random.key(0))
   shape = (config.batch_size, *branch.item_shape)
+  sharding = mesh_lib.batch_sharding(mesh)
   batch = {
     "images": jax.random.normal(jax.random.key(1), shape),
     "labels": jnp.arange(config.batch_size) % branch.num_classes,
   }
-  batch = jax.device_put(batch, mesh_lib.batch_sharding(mesh))
+  batch = jax.device_put(batch, sharding)
   keys = state.item_keys(0, jnp.int32(0), config.batch_size)
   forward = flops.count(branch.loss, current.params, batch, keys)
+  compiled, compile_time = _compile(step, current, batch)
 
-  begin = time.monotonic()
-  compiled = step.lower(current, batch).compile()
-  compile_time = time.monotonic() - begin
-  current, _ = jax.block_until_ready(compiled(current, batch))
-  matrix = jax.random.normal(jax.random.key(2), (_SIDE, _SIDE))
-  matrix = matrix.astype(config.model.dtype)
-  full = "highest" if config.model.dtype == "float32" else None
-  product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=full))
-  jax.block_until_ready(product(matrix, matrix))
+  def advance():
+    nonlocal current
+    current, _ = jax.block_until_ready(compiled(current, batch))
 
-  def product_time():
-    calls = lambda: [product(matrix, matrix) for _ in range(4)]
-    return _seconds(calls)[0] / 4
-
-  times, rates = [], []
-  before = product_time()
-  for _ in range(repeats):
-    seconds, (current, _) = _seconds(compiled, current, batch)
-    after = product_time()
-    times.append(seconds)
-    rates.append(2 * _SIDE**3 / statistics.mean([before, after]))
-    before = after
+  times, rates = _in_turn("train", advance, config.model.dtype, repeats)
+  wait, source = _input_wait(compiled, current, sharding, config, repeats)
   images = config.batch_size * branch.item_shape[0]
-  return TrainSpeed(compile_time, times, images, 3 * forward, rates)
+  rates = [rate * mesh.devices.size for rate in rates]
+  return Speed(
+    compile_time,
+    times,
+    images,
+    3 * forward,
+    rates,
+    _memory(compiled),
+    wait,
+    source,
+  )
 
 
-def _seconds(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+def _sample_speed(
+  branch: branches.Branch, config: ConfigDict, repeats: int
+) -> Speed:
+  """One block of images by the config's sample settings, on one device."""
+  settings = branch.settings(config.sample)
+  images = config.sample.block_size
+  params = jax.jit(branch.init)(jax.random.key(0))
+  keys = jax.random.split(jax.random.key(1), images)
+  labels = jnp.arange(images) % branch.num_classes
+  sample = lambda params, keys, labels: branch.sample(
+    params, keys, labels, settings
+  )
+  counted = flops.count(sample, params, keys, labels)
+  compiled, compile_time = _compile(jax.jit(sample), params, keys, labels)
+  call = lambda: jax.block_until_ready(compiled(params, keys, labels))
+  times, rates = _in_turn("sample", call, config.model.dtype, repeats)
+  memory = _memory(compiled)
+  return Speed(compile_time, times, images, counted, rates, memory)
+
+
+def _compile(jitted: Any, *args: Any) -> tuple[Any, float]:
   begin = time.monotonic()
-  result = jax.block_until_ready(call(*args))
-  return time.monotonic() - begin, result
+  compiled = jitted.lower(*args).compile()
+  return compiled, time.monotonic() - begin
 
 
-def report(speed: TrainSpeed) -> str:
-  """The measurements as a table."""
-  times = speed.step_times
-  step = statistics.median(times)
-  rate = statistics.median(speed.product_rates)
-  rows = {
-    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    "compile time": f"{speed.compile_time:.1f} s",
-    "step time": f"{step:.4f} s ({min(times):.4f} to {max(times):.4f}, median"
-    f" of {len(times)})",
-    "images/s": f"{speed.images / step:,.1f}",
-    "model FLOPs per step": f"{speed.flops / 1e9:,.1f} G",
-    "step rate": f"{speed.flops / step / 1e9:,.1f} GFLOP/s",
-    "matrix-product rate": f"{rate / 1e9:,.1f} GFLOP/s",
-    "share of it": f"{speed.share:.1%}",
-  }
-  return "\n".join(f"{name:22}{value}" for name, value in rows.items())
+def _memory(compiled: Any) -> int:
+  sizes = compiled.memory_analysis()
+  return (
+    sizes.argument_size_in_bytes
+    + sizes.output_size_in_bytes
+    + sizes.temp_size_in_bytes
+    - sizes.alias_size_in_bytes
+  )
+
+
+def product_side() -> int:
+  """Side of the matrix product that sets the scale: large enough to peak."""
+  return 2048 if jax.default_backend() == "cpu" else 8192
+
+
+def _in_turn(
+  name: str, call: Callable[[], Any], dtype: str, repeats: int
+) -> tuple[list[float], list[float]]:
+  """Seconds of each call, and the product rate of one device around it."""
+  side = product_side()
+  matrix = jax.random.normal(jax.random.key(2), (side, side)).astype(dtype)
+  full = "highest" if dtype == "float32" else None
+  product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=full))
+
+  def products():
+    jax.block_until_ready([product(matrix, matrix) for _ in range(4)])
+
+  call()
+  products()
+  times, rates = [], []
+  before = _seconds(products) / 4
+  for _ in tqdm.trange(repeats, desc=name, unit="call", leave=False):
+    times.append(_seconds(call))
+    after = _seconds(products) / 4
+    rates.append(2 * side**3 / statistics.mean([before, after]))
+    before = after
+  return times, rates
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+  begin = time.monotonic()
+  call()
+  return time.monotonic() - begin
+
+
+def _input_wait(step, current, sharding, config, repeats):
+  """Mean wait for a batch in a loop like the trainer's, and the data's name."""
+  config = config.copy_and_resolve_references()
+  source = config.data.source
+  try:
+    sources.open_source(config, "train")
+  except ConfigError:
+    config.data.source, source = "random", f"random, for {source}"
+  config.steps = repeats + 2
+  batches = pipeline.train_batches(config, 0)
+  waits = []
+  for _ in range(repeats + 1):
+    begin = time.monotonic()
+    batch = next(batches)
+    waits.append(time.monotonic() - begin)
+    batch = jax.tree.map(
+      lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
+    )
+    # As in the trainer: the next batch is fetched while this step runs.
+    current, _ = step(current, batch)
+  jax.block_until_ready(current)
+  return statistics.mean(waits[1:]), source  # the first one starts the loader

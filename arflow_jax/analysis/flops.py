@@ -15,7 +15,8 @@ def count(function: Callable[..., Any], *args: Any) -> int:
   """FLOPs of one call of `function`; `args` may be `ShapeDtypeStruct`s.
 
   Raises:
-    ValueError: a `while` loop, whose length the program does not tell.
+    ValueError: a `while` loop, whose length the program does not tell, or a
+      `cond` whose branches cost differently.
   """
   return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -39,7 +40,10 @@ def _equation(equation) -> int:
     outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
     return 2 * equation.outvars[0].aval.size * kernel.size // outputs
   if name == "cond":
-    return max(_jaxpr(branch.jaxpr) for branch in params["branches"])
+    costs = {_jaxpr(branch.jaxpr) for branch in params["branches"]}
+    if len(costs) > 1:
+      raise ValueError(f"cannot count a cond: its branches cost {costs}")
+    return costs.pop()
   inner = [_jaxpr(sub) for sub in _inner(params)]
   if name == "while" and any(inner):
     raise ValueError("cannot count a while loop: its length is not known")

@@ -1,7 +1,8 @@
 """Random-access sources of labelled images, in [-1, 1] and channels last.
 
 `digits` needs nothing but scikit-learn; `tfds:NAME` reads a TensorFlow Datasets
-directory in ArrayRecord form, without TensorFlow.
+directory in ArrayRecord form, without TensorFlow; `random` makes noise of any
+shape, to time a config whose data is elsewhere.
 """
 
 import pathlib
@@ -93,6 +94,19 @@ class Tfds:
     return image.astype(np.float32) / 127.5 - 1
 
 
+class Random:
+  """Sixteen images of noise per class, of whatever shape the model wants."""
+
+  def __init__(self, shape: tuple[int, int, int], num_classes: int):
+    self._shape = shape
+    self.labels = np.arange(16 * num_classes) % num_classes
+    self.class_names = [str(i) for i in range(num_classes)]
+
+  def __getitem__(self, index: int) -> Float[np.ndarray, "h w C"]:
+    rng = np.random.default_rng(index)
+    return rng.standard_normal(self._shape, np.float32)
+
+
 def open_source(config: ConfigDict, split: Split) -> Source:
   """The source that `config.data` names, checked against `config.model`.
 
@@ -100,11 +114,15 @@ def open_source(config: ConfigDict, split: Split) -> Source:
     ConfigError: an unknown or unreadable source, or images and classes that do
       not fit the model.
   """
+  model = config.model
+  wanted = (model.image_size, model.image_size, model.channels)
   name, _, argument = config.data.source.partition(":")
   if name == "digits":
     source = Digits(split)
   elif name == "tfds":
     source = Tfds(argument, config.data.dir, split)
+  elif name == "random":
+    source = Random(wanted, model.num_classes)
   elif name == "latents":
     raise ConfigError(
       "data.source='latents': this version cannot make or read caches of"
@@ -113,11 +131,9 @@ def open_source(config: ConfigDict, split: Split) -> Source:
     )
   else:
     raise ConfigError(
-      f"data.source={config.data.source!r} is unknown; choose digits or"
-      " tfds:NAME"
+      f"data.source={config.data.source!r} is unknown; choose digits,"
+      " tfds:NAME or random"
     )
-  model = config.model
-  wanted = (model.image_size, model.image_size, model.channels)
   found = source[0].shape
   if found != wanted:
     raise ConfigError(

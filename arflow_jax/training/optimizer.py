@@ -20,6 +20,9 @@ def learning_rate(optimizer: ConfigDict) -> optax.Schedule:
 
   The schedule never looks at the number of steps to run, so that a run can be
   continued for longer without changing what it did.
+
+  Raises:
+    ConfigError: an unknown schedule, or a cosine without its end.
   """
   peak, warmup = optimizer.peak_lr, optimizer.warmup_steps
   if optimizer.schedule == "constant":

@@ -24,9 +24,9 @@ def test_products_loops_and_branches():
   assert flops.count(lambda m: loop(m)[0], square) == 7 * 2 * 4**3
 
   def choose(m):
-    return jax.lax.cond(m[0, 0] > 0, lambda m: m @ m @ m, lambda m: m @ m, m)
+    return jax.lax.cond(m[0, 0] > 0, lambda m: m @ m, lambda m: (m @ m).T, m)
 
-  assert flops.count(choose, square) == 2 * 2 * 4**3
+  assert flops.count(choose, square) == 2 * 4**3
   gradient = jax.grad(jax.checkpoint(lambda m: jnp.sum(jnp.sin(m @ m) @ m)))
   assert flops.count(gradient, square) > 4 * 2 * 4**3
 
@@ -45,19 +45,60 @@ def test_a_loop_of_unknown_length_is_refused():
     flops.count(loop, square)
 
 
-def test_arflow_forward_is_near_its_formula():
-  """Per token 26 E^2 + 4 E (N + D) a block, and 12 E^2 a block per image."""
-  config = get_config("imagenet128-s2")
-  branch = branches.build(config)
+def test_branches_of_different_cost_are_refused():
+  square = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+  choose = lambda m: jax.lax.cond(m[0, 0] > 0, lambda m: m @ m, lambda m: m, m)
+  with pytest.raises(ValueError, match="cond"):
+    flops.count(choose, square)
+
+
+def _per_image(shape):
+  """The formula in the docstring of `ARFlow`."""
+  tokens, width, head = (
+    shape.side**2,
+    shape.width,
+    shape.width // shape.num_heads,
+  )
+  block = tokens * (26 * width**2 + 4 * width * (tokens + head)) + 12 * width**2
+  return shape.depth * block
+
+
+@pytest.mark.parametrize("variant", ["imagenet128-s2", "imagenet256-b2"])
+def test_training_costs_what_the_formula_says(variant):
+  branch = branches.build(get_config(variant))
   params = jax.eval_shape(branch.init, jax.random.key(0))
-  batch, images, tokens, width, depth, head = 4, 5, 64, 384, 12, 64
+  batch, images = 4, 5
   inputs = {
     "images": jax.ShapeDtypeStruct((batch, *branch.item_shape), jnp.float32),
     "labels": jax.ShapeDtypeStruct((batch,), jnp.int32),
   }
   keys = jax.random.split(jax.random.key(0), batch)
   counted = flops.count(branch.loss, params, inputs, keys)
-  per_image = depth * (
-    tokens * (26 * width**2 + 4 * width * (tokens + head)) + 12 * width**2
+  wanted = batch * images * _per_image(branch.shape)
+  assert abs(counted / wanted - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+  ("changes", "calls"),
+  [
+    ({"guidance": 1.0}, 20),
+    ({"guidance": 1.5}, 40),
+    # 20 times from 0 to 0.96: six of them lie in the interval.
+    ({"guidance": 1.5, "guidance_low": 0.3, "guidance_high": 0.6}, 26),
+    ({"guidance": 1.0, "last_step": "none"}, 19),
+    ({"guidance": 1.0, "method": "sde-heun"}, 39),
+    ({"guidance": 1.5, "method": "ode-rk4"}, 160),
+  ],
+)
+def test_sampling_costs_its_network_calls(changes, calls):
+  """Guidance outside its interval adds nothing to the program."""
+  config = get_config("imagenet128-s2").unlock()
+  config.sample.update({"num_steps": 20} | changes)
+  branch = branches.build(config)
+  settings = branch.settings(config.sample)
+  params = jax.eval_shape(branch.init, jax.random.key(0))
+  keys = jax.random.split(jax.random.key(0), 3)
+  counted = flops.count(
+    lambda *args: branch.sample(*args, settings), params, keys, jnp.arange(3)
   )
-  assert abs(counted / (batch * images * per_image) - 1) < 0.02
+  assert abs(counted / (3 * calls * _per_image(branch.shape)) - 1) < 0.02

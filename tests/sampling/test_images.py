@@ -131,3 +131,19 @@ def test_evaluate_reports_every_guidance(capsys):
   for line in ("held-out images", "real images", "guidance 1 ", "guidance 2 "):
     assert line in out
   assert scores[1.0].distance > 0
+
+
+def test_one_program_serves_every_block(tiny, monkeypatch):
+  traced = []
+  real = type(tiny.branch).sample
+
+  def counted(self, *args):
+    traced.append(1)
+    return real(self, *args)
+
+  monkeypatch.setattr(type(tiny.branch), "sample", counted)
+  generator = tiny.generator({"guidance": 2.0, "guidance_high": 0.5})
+  # Whole blocks, a short one, other classes, another start.
+  list(generator.blocks(np.arange(20) % 10))
+  list(generator.blocks(np.array([3]), start=5))
+  assert len(traced) == 1
