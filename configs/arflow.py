@@ -54,14 +54,17 @@ def get_config(variant: str = "digits") -> ConfigDict:
   )
   config.sample = ConfigDict(
     {
-      "method": "sde",  # or "ode"
-      "num_steps": 250,  # network evaluations per image
+      # "sde", "sde-heun", "ode", "ode-midpoint", "-heun2", "-heun3" or "-rk4".
+      "method": "sde",
+      "num_steps": 250,  # the last one included; each of one stage or more
+      # Of the SDE: "constant", "sbdm", "sigma", "linear", "decreasing" or
+      # "increasing-decreasing", and a factor on it.
       "diffusion": "sigma",
       "diffusion_norm": 1.0,
-      "last_step": "mean",
-      "last_step_size": 0.04,
-      "guidance": 1.5,
-      "guidance_low": 0.0,
+      "last_step": "mean",  # or "euler", "tweedie", "none"
+      "last_step_size": 0.04,  # the SDE stops at 1 minus this
+      "guidance": 1.5,  # 1: none
+      "guidance_low": 0.0,  # times at which it applies, 0 noise to 1 data
       "guidance_high": 1.0,
       "guidance_channels": config_dict.placeholder(int),  # None: all
       "block_size": 16,  # images per compiled call

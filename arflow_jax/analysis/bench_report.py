@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from arflow_jax import config as config_lib
 from arflow_jax.analysis import benchmark
 from arflow_jax.analysis.benchmark import Speed
 from arflow_jax.errors import ConfigError
@@ -17,6 +18,7 @@ _COMPARED = (
   "step_time",
   "images_per_second",
   "flops",
+  "product_rate",
   "share",
   "peak_memory",
   "input_wait",
@@ -39,20 +41,20 @@ def table(speeds: dict[str, Speed], dtype: str) -> str:
       f"{statistics.median(s.product_rates) / 1e9:,.1f} G"
     ),
     "share of its rate": lambda s: f"{s.share:.1%}",
-    "peak memory": lambda s: f"{s.peak_memory / 2**20:,.0f} MiB",
+    "peak memory (planned)": lambda s: f"{s.peak_memory / 2**20:,.0f} MiB",
     "input wait per step": lambda s: (
       "-" if s.input_wait is None else f"{1e3 * s.input_wait:.1f} ms"
     ),
     "  data": lambda s: s.input_source or "-",
   }
-  rows = {_device(): list(speeds)} | {
+  rows = {"": list(speeds)} | {
     name: [cell(speed) for speed in speeds.values()]
     for name, cell in cells.items()
   }
-  return "\n".join(
-    f"{name:28}" + "".join(f"{cell:>22}" for cell in cells)
-    for name, cells in rows.items()
-  )
+  lines = [f"{_device()}, jax {jax.__version__}"]
+  for name, cells in rows.items():
+    lines.append(f"{name:28}" + "".join(f"{cell:>22}" for cell in cells))
+  return "\n".join(lines)
 
 
 def _device() -> str:
@@ -64,7 +66,7 @@ def record(speeds: dict[str, Speed], config: ConfigDict) -> dict[str, Any]:
   return {
     "device": _device(),
     "jax": jax.__version__,
-    "config": config.to_dict(),
+    "config": json.loads(config_lib.dumps(config)),
     "programs": {
       name: {
         **speed.summary(),
@@ -100,13 +102,16 @@ def read(path: str) -> dict[str, Any]:
   """
   try:
     measured = json.loads(pathlib.Path(path).read_text())
-    names = {name: dict(p) for name, p in measured["programs"].items()}
+    dict(measured["config"])
+    for program in measured["programs"].values():
+      for key in _COMPARED:
+        float(program[key] or 0)
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ConfigError(
       f"--compare={path} is no result of this benchmark"
       f" ({type(error).__name__}); make one with --out={path}"
     ) from None
-  return measured | {"programs": names}
+  return measured
 
 
 def compare(measured: dict[str, Any], other: dict[str, Any]) -> str:
@@ -115,6 +120,11 @@ def compare(measured: dict[str, Any], other: dict[str, Any]) -> str:
   for key in ("device", "jax"):
     if measured[key] != other.get(key):
       lines.append(f"note: {key} {measured[key]} against {other.get(key)}")
+  ours = config_lib.flatten(measured["config"])
+  theirs = config_lib.flatten(other["config"])
+  for key in sorted(ours.keys() | theirs.keys()):
+    if (a := ours.get(key)) != (b := theirs.get(key)):
+      lines.append(f"note: {key} {a} against {b}")
   shared = [n for n in measured["programs"] if n in other["programs"]]
   if not shared:
     return "nothing to compare: the other run measured other programs"

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.analysis import flops
-from arflow_jax.data import pipeline, sources
+from arflow_jax.data import pipeline
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.training import optimizer, state
@@ -86,8 +86,10 @@ def measure(
   """Measures the programs named in `what`.
 
   Raises:
-    ConfigError: an unknown program, or a config that cannot run here.
+    ConfigError: an unknown program or none, or a config that cannot run here.
   """
+  if not what:
+    raise ConfigError(f"--what= is empty; choose from {','.join(PROGRAMS)}")
   for name in what:
     if name not in PROGRAMS:
       raise ConfigError(
@@ -103,7 +105,8 @@ def _train_speed(
   branch: branches.Branch, config: ConfigDict, repeats: int
 ) -> Speed:
   """The whole train step, update included, on random images."""
-  mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
+  micro_batch = config.batch_size // max(config.optimizer.accumulation, 1)
+  mesh = mesh_lib.make_mesh(config.mesh, micro_batch)
   tx = optimizer.make_optimizer(config.optimizer, branch.axes)
   step = state.make_train_step(branch, tx, config)
   current = state.init_state(branch, tx, mesh, jax.random.key(0))
@@ -132,7 +135,7 @@ def _train_speed(
     images,
     3 * forward,
     rates,
-    _memory(compiled),
+    planned_memory(compiled),
     wait,
     source,
   )
@@ -154,7 +157,7 @@ def _sample_speed(
   compiled, compile_time = _compile(jax.jit(sample), params, keys, labels)
   call = lambda: jax.block_until_ready(compiled(params, keys, labels))
   times, rates = _in_turn("sample", call, config.model.dtype, repeats)
-  memory = _memory(compiled)
+  memory = planned_memory(compiled)
   return Speed(compile_time, times, images, counted, rates, memory)
 
 
@@ -164,7 +167,8 @@ def _compile(jitted: Any, *args: Any) -> tuple[Any, float]:
   return compiled, time.monotonic() - begin
 
 
-def _memory(compiled: Any) -> int:
+def planned_memory(compiled: Any) -> int:
+  """Bytes on one device: arguments, results, temporaries, shared ones once."""
   sizes = compiled.memory_analysis()
   return (
     sizes.argument_size_in_bytes
@@ -213,10 +217,8 @@ def _input_wait(step, current, sharding, config, repeats):
   """Mean wait for a batch in a loop like the trainer's, and the data's name."""
   config = config.copy_and_resolve_references()
   source = config.data.source
-  try:
-    sources.open_source(config, "train")
-  except ConfigError:
-    config.data.source, source = "random", f"random, for {source}"
+  if source == "latents":  # no cache of them can be made yet
+    config.data.source, source = "random", "random, for latents"
   config.steps = repeats + 2
   batches = pipeline.train_batches(config, 0)
   waits = []

@@ -16,7 +16,7 @@ def count(function: Callable[..., Any], *args: Any) -> int:
 
   Raises:
     ValueError: a `while` loop, whose length the program does not tell, or a
-      `cond` whose branches cost differently.
+      `cond` whose branches cost differently, or a Pallas kernel.
   """
   return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -39,6 +39,8 @@ def _equation(equation) -> int:
     kernel = equation.invars[1].aval
     outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
     return 2 * equation.outvars[0].aval.size * kernel.size // outputs
+  if name == "pallas_call":
+    raise ValueError("cannot count a Pallas kernel: count its XLA form")
   if name == "cond":
     costs = {_jaxpr(branch.jaxpr) for branch in params["branches"]}
     if len(costs) > 1:

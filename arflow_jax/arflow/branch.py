@@ -1,7 +1,6 @@
 """ARFlow as the trainer, the sampler and the evaluator see it."""
 
 import jax
-from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
@@ -9,8 +8,7 @@ from arflow_jax.arflow import sampler, trajectory
 from arflow_jax.arflow.network import ARFlow, Shape
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import objective
-
-Params = dict
+from arflow_jax.nn.functional import Blueprint, Params
 
 
 class ARFlowBranch:
@@ -23,29 +21,13 @@ class ARFlowBranch:
       raise ConfigError(
         f"model.label_dropout={self.label_dropout} must lie in [0, 1)"
       )
-    self.shape = Shape(**model)
-    self.num_classes = self.shape.num_classes
-    side = self.shape.image_size
-    self.image_shape = (side, side, self.shape.channels)
+    self.shape = shape = Shape(**model)
+    self.num_classes = shape.num_classes
+    self.image_shape = (shape.image_size, shape.image_size, shape.channels)
     self.item_shape = (config.data.sequence_length, *self.image_shape)
-    abstract = nnx.eval_shape(lambda: self._build(jax.random.key(0)))
-    self._graphdef, state = nnx.split(abstract, nnx.Param)
-    axes = jax.tree.map(
-      lambda variable: variable.get_metadata()["axes"],
-      state,
-      is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-    )
-    self.axes = nnx.to_pure_dict(axes)
-
-  def _build(self, key: Key[Array, ""]) -> ARFlow:
-    return ARFlow(self.shape, rngs=nnx.Rngs(params=key))
-
-  def network(self, params: Params) -> ARFlow:
-    """The network with these parameters."""
-    return nnx.merge(self._graphdef, nnx.State(params))
-
-  def init(self, key: Key[Array, ""]) -> Params:
-    return nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
+    # Parameters to the network: ARFlow(x, t, labels, state).
+    self.network = Blueprint(lambda rngs: ARFlow(shape, rngs=rngs))
+    self.axes, self.init = self.network.axes, self.network.init
 
   def loss(
     self, params: Params, batch: dict[str, jax.Array], keys: Key[Array, "B"]
@@ -63,6 +45,12 @@ class ARFlowBranch:
   def settings(self, sample: ConfigDict) -> sampler.Settings:
     settings = sample.to_dict()
     del settings["block_size"]  # the service's, not the model's
+    channels = settings["guidance_channels"]
+    if channels and channels > self.shape.channels:
+      raise ConfigError(
+        f"sample.guidance_channels={channels} exceeds"
+        f" model.channels={self.shape.channels}"
+      )
     return sampler.Settings(**settings)
 
   def sample(

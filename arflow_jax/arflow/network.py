@@ -9,7 +9,6 @@ code, with the state passed in and returned.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.kernels import hybrid_attention
-from arflow_jax.nn import layers, patches
+from arflow_jax.nn import layers, patches, remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +36,7 @@ class Shape:
     learn_sigma: the published networks compute 2C output channels and drop the
       last C; True keeps their parameter count.
     dtype: type of the matrix products, "float32" or "bfloat16".
-    remat: what the backward pass recomputes: "none", "full" (each block from
-      its input) or "dots" (all but the outputs of the weight products: little
-      memory, little work).
+    remat: what the backward pass recomputes, a name in `nn.remat.POLICIES`.
     attention: implementation of the hybrid attention, or None for the best.
   """
 
@@ -81,9 +78,10 @@ class Shape:
       raise ConfigError(
         f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'"
       )
-    if self.remat not in _REMAT:
+    if self.remat not in remat.POLICIES:
       raise ConfigError(
-        f"model.remat={self.remat!r} is unknown; choose from {sorted(_REMAT)}"
+        f"model.remat={self.remat!r} is unknown; choose from"
+        f" {sorted(remat.POLICIES)}"
       )
 
   @property
@@ -93,16 +91,6 @@ class Shape:
 
 
 State = Float[Array, "L B H D D"]
-
-
-_REMAT = {
-  "none": lambda f: f,
-  "dots": functools.partial(
-    jax.checkpoint,
-    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  ),
-  "full": jax.checkpoint,
-}
 
 
 class HybridAttention(nnx.Module):
@@ -255,7 +243,7 @@ class ARFlow(nnx.Module):
       params, state = layer
       return nnx.merge(graphdef, params)(tokens, c, state)
 
-    block = _REMAT[shape.remat](block)
+    block = remat.POLICIES[shape.remat](block)
     tokens, state = jax.lax.scan(block, tokens, (blocks, state))
     shift, scale = jnp.split(self.final_modulation(jax.nn.silu(c)), 2, axis=-1)
     tokens = layers.modulate(layers.layer_norm(tokens), shift, scale)

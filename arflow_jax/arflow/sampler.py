@@ -73,6 +73,11 @@ class Settings:
         f"sample.diffusion_norm={self.diffusion_norm} must be positive"
       )
     solvers.check(self.diffusion, self.last_step)
+    if (self.method, self.last_step) == ("sde-heun", "none"):
+      raise ConfigError(
+        "sample.last_step='none' does not go with sample.method='sde-heun',"
+        " whose last stage would ask for the score at t = 1; choose 'mean'"
+      )
     self.classifier_free()  # checks itself
 
   def classifier_free(self) -> guidance_lib.Guidance:

@@ -79,7 +79,7 @@ def from_published(
   if buffers:
     table = patches.sincos_table(shape.side, shape.width)
     error = np.abs(np.asarray(state_dict["pos_embed"])[0] - table).max()
-    if not error < 1e-4:
+    if not error < 5e-3:  # half precision passes, another order does not
       raise ConfigError(
         f"pos_embed differs by {error:.3g} from the sine-cosine table that"
         " these networks are built with: not an ARFlow of this layout"
@@ -105,20 +105,11 @@ def _infer(
     "blocks.0.attn.gt_proj.weight": 2,
     "final_layer.linear.weight": 2,
   }
-  sizes = {
-    name: tuple(state_dict[name].shape) for name in ranks if name in state_dict
-  }
-  for name, rank in ranks.items():
-    if len(sizes.get(name, ())) != rank:
-      raise ConfigError(
-        f"published weights lack {name} of {rank} axes, which tells the sizes"
-        f" (found {sizes.get(name, 'nothing')}); there are"
-        f" {len(state_dict)} names, such as {sorted(state_dict)[:3]}"
-      )
+  sizes = published.sizes(state_dict, ranks)
   width, channels, patch, _ = sizes["x_embedder.proj.weight"]
   if "pos_embed" in state_dict:
-    tokens = math.prod(state_dict["pos_embed"].shape) // width
-    stored = math.isqrt(tokens) * patch
+    tokens = published.sizes(state_dict, {"pos_embed": 3})["pos_embed"][1]
+    stored = max(math.isqrt(tokens), 1) * patch
     if image_size not in (None, stored):
       raise ConfigError(
         f"image_size={image_size}, but pos_embed is that of {stored}"
@@ -135,7 +126,7 @@ def _infer(
     channels=channels,
     patch_size=patch,
     width=width,
-    depth=published.count_layers(state_dict, "blocks."),
+    depth=published.count_layers(state_dict, "blocks.{}.attn.gt_proj.weight"),
     num_heads=sizes["blocks.0.attn.gt_proj.weight"][0],
     num_classes=sizes["y_embedder.embedding_table.weight"][0] - 1,
     learn_sigma=outputs == 2 * channels * patch**2,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from arflow_jax.errors import ConfigError
 from arflow_jax.flow import solvers
 from arflow_jax.flow.solvers import Velocity
 
@@ -74,7 +75,15 @@ def log_likelihood(
   Returns:
     Log densities, and noise shaped like the data: integrating the ODE from it
     gives the data back.
+
+  Raises:
+    ConfigError: an unknown method.
   """
+  if method not in ("dopri5", *solvers.ODE_METHODS):
+    raise ConfigError(
+      f"method={method!r} is unknown; choose 'dopri5' or one of"
+      f" {sorted(solvers.ODE_METHODS)}"
+    )
   augmented = with_divergence(velocity, probe)
   start = (data, jnp.zeros(data.shape[:1]))
   if method == "dopri5":

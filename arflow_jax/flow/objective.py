@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from arflow_jax.errors import ConfigError
 from arflow_jax.flow.paths import Path, expand_times
 from arflow_jax.flow.solvers import Carry, Velocity
 
@@ -58,7 +59,7 @@ def noise_loss(
     weight: a name in `WEIGHTS`: 1, (b / sigma)^2 or b / sigma^2.
 
   Raises:
-    ValueError: an unknown weight.
+    ConfigError: an unknown weight.
   """
   return _mean_square(prediction, x0, _weight(weight, path, t, prediction))
 
@@ -73,7 +74,7 @@ def score_loss(
   """Weighted mean of (sigma prediction + x0)^2; arguments as `noise_loss`.
 
   Raises:
-    ValueError: an unknown weight.
+    ConfigError: an unknown weight.
   """
   sigma = path.sigma(expand_times(t, prediction))
   scale = _weight(weight, path, t, prediction)
@@ -88,7 +89,7 @@ def _weight(name, path, t, like):
     return (path.score_coefficient(t) / path.sigma(t)) ** 2
   if name == "likelihood":
     return path.score_coefficient(t) / path.sigma(t) ** 2
-  raise ValueError(f"weight={name!r} is unknown; choose from {WEIGHTS}")
+  raise ConfigError(f"weight={name!r} is unknown; choose from {WEIGHTS}")
 
 
 def _mean_square(a, b, weight=1.0):
@@ -107,12 +108,12 @@ def to_velocity(prediction: str, model: Velocity, path: Path) -> Velocity:
     path: the path it was trained on.
 
   Raises:
-    ValueError: an unknown prediction.
+    ConfigError: an unknown prediction.
   """
   if prediction == "velocity":
     return model
   if prediction not in PREDICTIONS:
-    raise ValueError(
+    raise ConfigError(
       f"prediction={prediction!r} is unknown; choose from {PREDICTIONS}"
     )
   convert = {

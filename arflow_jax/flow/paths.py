@@ -68,6 +68,8 @@ class Path:
     sigma = self.sigma(t)
     if self.name == "linear":
       return sigma / t
+    if self.name == "vp":  # half of beta, also where sigma vanishes
+      return self.d_alpha_over_alpha(t)
     return self.d_alpha_over_alpha(t) * sigma**2 - sigma * self.d_sigma(t)
 
   def score_from_velocity(
@@ -76,7 +78,7 @@ class Path:
     x: Float[Array, "*lead h w C"],
     t: Float[Array, "*lead"],
   ) -> Float[Array, "*lead h w C"]:
-    """Score grad log p_t(x) that belongs to velocity `v` at `x` (SiT eq. 9)."""
+    """Score grad log p_t(x) that belongs to velocity `v` at `x`; t < 1."""
     t = expand_times(t, x)
     if self.name == "linear":  # closed form: no division by t
       return (t * v - x) / (1 - t)
@@ -103,7 +105,7 @@ class Path:
     x: Float[Array, "*lead h w C"],
     t: Float[Array, "*lead"],
   ) -> Float[Array, "*lead h w C"]:
-    """Velocity of a score, `b s + f x` (SiT eq. 8); t > 0, but for VP."""
+    """Velocity of a score, `b s + f x`; t > 0, but for VP."""
     t = expand_times(t, x)
     return self.score_coefficient(t) * score + self.d_alpha_over_alpha(t) * x
 

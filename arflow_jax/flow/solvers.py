@@ -1,11 +1,12 @@
 """Integrators from noise (t = 0) to data (t = 1) that thread a carry along.
 
-ODE: dx = v dt, on any grid, in either direction. SDE (SiT, arXiv 2401.08740,
-eq. 5): dx = [v + w(t) s] dt + sqrt(2 w(t)) dW with s the score and w any
-diffusion; all of them have the same marginals. A recurrent model moves its
-memory on with every call, so a step of several stages keeps the carry of its
-first one: each noise level enters the memory once. The later stages start from
-that carry and theirs is dropped.
+ODE: dx = v dt, on any grid, in either direction. SDE of stochastic interpolants
+(SiT, arXiv 2401.08740; its w is twice this one), with s the score and w any
+diffusion, all with the same marginals: dx = [v + w(t) s] dt + sqrt(2 w(t)) dW.
+
+A recurrent model moves its memory on with every call, so a step of several
+stages keeps the carry of its first one: each noise level enters the memory
+once. The later stages start from that carry and theirs is dropped.
 """
 
 import itertools
@@ -25,7 +26,8 @@ Velocity = Callable[[jax.Array, jax.Array, Carry], tuple[jax.Array, Carry]]
 # step index [] -> standard normal noise [B, h, w, C]
 Noise = Callable[[jax.Array], jax.Array]
 
-# Explicit Runge-Kutta tableaux: (nodes, rows of coefficients, weights).
+# Explicit Runge-Kutta tableaux (Hairer, Norsett, Wanner, Solving ODEs I, table
+# II.1.2 and p. 138): nodes, rows of coefficients, weights.
 ODE_METHODS = {
   "euler": ((), (), (1,)),
   "midpoint": ((1 / 2,), ((1 / 2,),), (0, 1)),
@@ -40,7 +42,7 @@ ODE_METHODS = {
 }
 SDE_METHODS = ("euler", "heun")
 
-# w(t) by name, from the path, the time and the norm.
+# w(t) by name, from the path, the time and the norm (SiT, appendix).
 DIFFUSIONS: dict[str, Callable[[paths.Path, jax.Array, float], jax.Array]] = {
   "constant": lambda path, t, norm: norm * jnp.ones_like(t),
   "sbdm": lambda path, t, norm: norm * path.score_coefficient(t),
@@ -137,7 +139,10 @@ def adaptive_ode(
     times: a grid in either direction, of which the two ends are used.
     rtol: relative tolerance of a step.
     atol: absolute tolerance of a step.
-    max_steps: raises when the end is not reached within so many steps.
+    max_steps: steps after which it gives up.
+
+  Raises:
+    RuntimeError: the end was not reached within `max_steps`.
   """
   import diffrax  # not needed by those who never come here
 
@@ -180,7 +185,9 @@ def sde(
     x: standard normal noise to start from.
     carry: the model's state before the first call.
     times: even, ascending grid over `intervals.sampling`; the published ARFlow
-      uses 250 points from 0 to `1 - last_step_size`.
+      uses 250 points from 0 to `1 - last_step_size`. The score is infinite at
+      t = 1 (but for GVP): no drift may be asked for there, by a last step or by
+      the second stage of `heun`.
     noise: the standard normal draw of step i, for i in 0 .. K - 2.
     method: `euler` or `heun`.
     path: the path the velocity belongs to.
@@ -195,7 +202,8 @@ def sde(
 
   Raises:
     ConfigError: an unknown method, diffusion or last step.
-    ValueError: velocities that are not one for each time.
+    ValueError: velocities that are not one for each time, or fewer than two
+      times.
   """
   check(diffusion, last_step)
   if method not in SDE_METHODS:
@@ -203,6 +211,8 @@ def sde(
       f"method={method!r} is unknown; choose from {SDE_METHODS}"
     )
   count = times.shape[0]
+  if count < 2:
+    raise ValueError(f"an SDE needs at least two times, got {count}")
   if callable(velocity):
     velocity = [velocity] * count
   _check_count(velocity, count)

@@ -104,8 +104,8 @@ class TimeEmbedding(nnx.Module):
 
   features = 256
 
-  def __init__(self, width: int, *, rngs: nnx.Rngs):
-    kwargs = dict(dtype=jnp.float32, rngs=rngs, init=normal)
+  def __init__(self, width: int, *, rngs: nnx.Rngs, init: Initializer = normal):
+    kwargs = dict(dtype=jnp.float32, rngs=rngs, init=init)
     self.fc1 = linear(self.features, width, (None, "embed"), **kwargs)
     self.fc2 = linear(width, width, (None, "embed"), **kwargs)
 

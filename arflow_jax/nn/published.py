@@ -5,6 +5,7 @@ are counted in their names and stacked in ours, and the full account of what is
 missing, unexpected or misshapen. It reads arrays only and executes nothing.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -56,11 +57,33 @@ def linear(ours: str, theirs: str, *, bias: bool = True) -> list[Row]:
   return [*rows, Row(f"{ours}.bias", f"{theirs}.bias")] if bias else rows
 
 
-def count_layers(state_dict: Mapping[str, Any], prefix: str) -> int:
-  """One more than the largest i in names that begin with `prefix` and `i.`."""
-  tails = (n.removeprefix(prefix) for n in state_dict if n.startswith(prefix))
-  found = [int(i) for i, _, rest in (t.partition(".") for t in tails) if rest]
-  return max(found, default=-1) + 1
+def count_layers(state_dict: Mapping[str, Any], name: str) -> int:
+  """How many of `name`, with `{}` for 0, 1, 2, ..., there are without a gap."""
+  return next(i for i in itertools.count() if name.format(i) not in state_dict)
+
+
+def sizes(
+  state_dict: Mapping[str, Any], ranks: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+  """Shapes of the entries that tell the sizes of a network.
+
+  Args:
+    state_dict: arrays by published name, not looked at yet.
+    ranks: how many axes each of the named entries must have.
+
+  Raises:
+    ConfigError: an entry that is not there, or of another rank.
+  """
+  found = {name: np.shape(state_dict.get(name)) for name in ranks}
+  for name, rank in ranks.items():
+    if len(found[name]) != rank:
+      there = found[name] if name in state_dict else "nothing"
+      raise ConfigError(
+        f"published weights lack {name} of {rank} axes, which tells the sizes"
+        f" (found {there}); there are {len(state_dict)} names, such as"
+        f" {sorted(state_dict)[:3]}"
+      )
+  return found
 
 
 def export(params: Params, rows: list[Row]) -> dict[str, Any]:
@@ -126,9 +149,9 @@ def check_names(
 ) -> None:
   """Raises ConfigError unless there are just these names and shapes."""
   misshapen = [
-    f"{name} {tuple(state_dict[name].shape)} instead of {tuple(shape)}"
+    f"{name} {np.shape(state_dict[name])} instead of {tuple(shape)}"
     for name, shape in shapes.items()
-    if name in state_dict and tuple(state_dict[name].shape) != tuple(shape)
+    if name in state_dict and np.shape(state_dict[name]) != tuple(shape)
   ]
   faults = {
     "missing": sorted(shapes.keys() - state_dict.keys()),
@@ -138,8 +161,13 @@ def check_names(
   if any(faults.values()):
     raise ConfigError(
       "published weights do not fit this network: "
-      + "; ".join(f"{k}: {', '.join(v)}" for k, v in faults.items() if v)
+      + "; ".join(f"{k}: {_some(v)}" for k, v in faults.items() if v)
     )
+
+
+def _some(names: list[str], limit: int = 20) -> str:
+  rest = len(names) - limit
+  return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _flatten(tree: Params, prefix: str = "") -> dict[str, Any]:

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from arflow_jax import branches
 from arflow_jax.arflow import sampler, weights
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import solvers
 from arflow_jax.flow.guidance import Guidance
+from configs.arflow import get_config
 from tests.arflow.helpers import golden_network
 from tests.conftest import (
   channels_first,
@@ -175,6 +177,7 @@ def test_guidance_outside_every_time_is_no_guidance():
     ({"method": "heun"}, "sample.method='heun'"),
     ({"method": "ode-dopri5"}, "sample.method='ode-dopri5'"),
     ({"num_steps": 1}, "sample.num_steps=1"),
+    ({"method": "sde-heun", "last_step": "none"}, "sample.last_step='none'"),
     ({"last_step_size": 0.0}, "sample.last_step_size=0.0"),
     ({"diffusion_norm": 0.0}, "sample.diffusion_norm=0.0"),
     ({"diffusion": "sgma"}, "diffusion='sgma'"),
@@ -187,3 +190,46 @@ def test_guidance_outside_every_time_is_no_guidance():
 def test_bad_settings_are_refused_by_name(change, named):
   with pytest.raises(ConfigError, match=named):
     sampler.Settings(**change)
+
+
+@pytest.mark.parametrize("method", sampler.METHODS)
+def test_every_setting_reaches_the_solver(method, monkeypatch):
+  seen = {}
+
+  def ode(velocity, x, carry, grid, method):
+    seen.update(method=method, times=(float(grid[0]), float(grid[-1])))
+    return x, carry
+
+  def sde(velocity, x, carry, grid, noise, **kwargs):
+    seen.update(kwargs, times=(float(grid[0]), float(grid[-1])))
+    return x, carry
+
+  monkeypatch.setattr(solvers, "ode", ode)
+  monkeypatch.setattr(solvers, "sde", sde)
+  settings = sampler.Settings(
+    method=method,
+    num_steps=3,
+    diffusion="sbdm",
+    diffusion_norm=0.7,
+    last_step="tweedie",
+    last_step_size=0.125,
+  )
+  sampler.sample(_model(), KEYS, LABELS, settings)
+  equation, _, solver = method.partition("-")
+  wanted = {"method": solver or "euler", "times": (0.0, 1.0)}
+  if equation == "sde":
+    wanted |= {
+      "diffusion": "sbdm",
+      "diffusion_norm": 0.7,
+      "last_step": "tweedie",
+      "last_step_size": 0.125,
+      "times": (pytest.approx(1e-3), 0.875),
+    }
+  assert seen == wanted
+
+
+def test_more_guided_channels_than_there_are_is_refused():
+  config = get_config("digits").unlock()
+  config.sample.guidance_channels = 3
+  with pytest.raises(ConfigError, match="guidance_channels=3 exceeds"):
+    branches.build(config).settings(config.sample)

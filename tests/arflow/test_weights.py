@@ -79,12 +79,15 @@ def test_every_fault_is_named():
   state_dict = _state_dict()
   del state_dict["blocks.1.attn.q_proj.weight"]
   state_dict["blocks.0.attn.qkv.weight"] = np.zeros((1, 1), np.float32)
-  state_dict["blocks.0.mlp.fc1.bias"] = np.zeros(7, np.float32)
+  state_dict["blocks.norm.weight"] = np.zeros(1, np.float32)
+  state_dict["blocks.99.mlp.fc1.bias"] = None
+  state_dict["blocks.0.mlp.fc1.bias"] = [0.0] * 7
   with pytest.raises(ConfigError) as caught:
     weights.from_published(state_dict, image_size=8)
   message = str(caught.value)
   assert "missing: blocks.1.attn.q_proj.weight;" in message
-  assert "unexpected: blocks.0.attn.qkv.weight;" in message
+  unexpected = "blocks.0.attn.qkv.weight, blocks.99.mlp.fc1.bias,"
+  assert f"unexpected: {unexpected} blocks.norm.weight;" in message
   assert "misshapen: blocks.0.mlp.fc1.bias (7,) instead of (512,)" in message
 
 
@@ -94,6 +97,10 @@ def test_another_position_table_is_refused():
   rows_first = np.concatenate(np.split(table, 2, axis=-1)[::-1], axis=-1)
   with pytest.raises(ConfigError, match="pos_embed differs by"):
     weights.from_published(_state_dict() | {"pos_embed": rows_first})
+  with pytest.raises(ConfigError, match="lack pos_embed of 3 axes"):
+    weights.from_published(_state_dict() | {"pos_embed": []})
+  half = table.astype(np.float16)
+  weights.from_published(_state_dict() | {"pos_embed": half})
   with pytest.raises(ConfigError, match=r"misshapen: pos_embed \(1, 15, 128\)"):
     weights.from_published(_state_dict() | {"pos_embed": table[:, :15]})
 

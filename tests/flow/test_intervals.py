@@ -2,6 +2,7 @@
 
 import pytest
 
+from arflow_jax.errors import ConfigError
 from arflow_jax.flow import intervals, paths
 from tests.conftest import parity_files
 
@@ -84,3 +85,24 @@ def test_sbdm_never_starts_where_it_is_infinite():
   assert start == 1e-3
   start, _ = intervals.sampling(paths.VP, diffusion="sbdm")
   assert start == 0  # finite there
+
+
+@pytest.mark.parametrize(
+  ("arguments", "named"),
+  [
+    ({"prediction": "velocty"}, "prediction='velocty'"),
+    ({"diffusion": "SBDM"}, "diffusion='SBDM'"),
+    ({"eps": 0.7}, "eps=0.7"),
+    ({"eps": -1.0}, "eps=-1.0"),
+    ({"diffusion": "sigma", "last_step_size": 1.0}, "last_step_size=1.0"),
+    ({"diffusion": "sigma", "reverse": True}, "no reverse"),
+  ],
+)
+def test_bad_arguments_are_refused_by_name(arguments, named):
+  with pytest.raises(ConfigError, match=named):
+    intervals.sampling(paths.LINEAR, **arguments)
+
+
+def test_training_refuses_an_unknown_prediction():
+  with pytest.raises(ConfigError, match="prediction='data'"):
+    intervals.training(paths.VP, "data")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from arflow_jax.errors import ConfigError
 from arflow_jax.flow import intervals, objective, paths
 from tests.conftest import (
   channels_first,
@@ -102,9 +103,9 @@ def test_noise_and_score_losses_agree(name, weight):
 
 def test_unknown_names_are_refused():
   x, t = jnp.ones((1, 1, 1, 1)), jnp.ones(1) / 2
-  with pytest.raises(ValueError, match="weight='sigma'"):
+  with pytest.raises(ConfigError, match="weight='sigma'"):
     objective.noise_loss(x, x, t, paths.LINEAR, "sigma")
-  with pytest.raises(ValueError, match="prediction='data'"):
+  with pytest.raises(ConfigError, match="prediction='data'"):
     objective.to_velocity("data", lambda x, t, c: (x, c), paths.LINEAR)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from arflow_jax.errors import ConfigError
-from arflow_jax.flow import paths, solvers
+from arflow_jax.flow import intervals, paths, solvers
 from tests.conftest import (
   channels_first,
   channels_last,
@@ -92,9 +92,21 @@ def test_published_sde(path, load_parity):
       # The x of each call but the first is the state after a step.
       for state, wanted in zip(states[1:], steps):
         assert relative_error(channels_first(state), wanted) < 1e-5, name
-    if settings["method"] == "heun" and settings["last_step"] != "none":
-      before_last = channels_first(states[-1])
-      assert relative_error(before_last, steps[-2]) < 1e-5, name
+    stages = 2 if settings["method"] == "heun" else 1
+    last = settings["last_step"] != "none"
+    assert len(states) == stages * (run["num_steps"] - 1) + last
+    if settings["method"] == "heun":  # its states: where shorter grids end
+      for k in range(2, len(times)):
+        with jax.disable_jit():
+          state, _ = solvers.sde(
+            velocity_of(z, run),
+            x,
+            None,
+            times[:k],
+            lambda i, noise=noise: noise[i],
+            **settings | {"last_step": "none"},
+          )
+        assert relative_error(channels_first(state), steps[k - 2]) < 1e-5, name
     assert relative_error(channels_first(final), steps[-1]) < 1e-5, name
 
 
@@ -326,5 +338,40 @@ def test_unknown_names_are_refused():
   still = lambda x, t, carry: (0 * x, carry)
   with pytest.raises(ConfigError, match="method='rk45'"):
     solvers.ode(still, x, None, times, "rk45")
+  with pytest.raises(ValueError, match="two times, got 1"):
+    solvers.sde(still, x, None, times[:1], lambda i: x)
   with pytest.raises(ConfigError, match="method='rk4'"):
     solvers.sde(still, x, None, times, lambda i: x, method="rk4")
+
+
+def test_an_adaptive_ode_that_never_ends_says_so():
+  x = jnp.ones((1, 1, 1, 1))
+  wild = lambda x, t, carry: (x * jnp.cos(1e4 * t), carry)
+  with pytest.raises(RuntimeError, match="maximum number of solver steps"):
+    solvers.adaptive_ode(wild, x, jnp.array([0.0, 1.0]), max_steps=16)
+
+
+@pytest.mark.parametrize("method", solvers.SDE_METHODS)
+@pytest.mark.parametrize("last", solvers.LAST_STEPS)
+@pytest.mark.parametrize("name", paths.PATHS)
+def test_every_form_is_finite_over_its_own_interval(name, last, method):
+  path = paths.PATHS[name]
+  x = jax.random.normal(jax.random.key(0), (2, 2, 2, 1))
+  for form in solvers.DIFFUSIONS:
+    size = 0.0 if last == "none" else 0.04
+    low, high = intervals.sampling(path, diffusion=form, last_step_size=size)
+    if (method, last, name) == ("heun", "none", "linear"):
+      high = 1 - 1e-3  # its last stage would ask for the score at 1
+    with jax.disable_jit():
+      end, _ = solvers.sde(
+        lambda x, t, carry: (0.3 * x, carry),
+        x,
+        None,
+        jnp.linspace(low, high, 3),
+        lambda i: x,
+        method=method,
+        path=path,
+        diffusion=form,
+        last_step=last,
+      )
+    assert np.isfinite(end).all(), form

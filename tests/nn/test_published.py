@@ -45,10 +45,20 @@ def test_layouts_and_layers_go_out_and_come_back():
   jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
-def test_layers_are_counted_by_the_largest_index():
-  names = ["blocks.0.a", "blocks.10.a", "blocks.2.b", "blocks.x", "other.11.a"]
-  assert published.count_layers(dict.fromkeys(names), "blocks.") == 11
-  assert published.count_layers({}, "blocks.") == 0
+def test_layers_are_counted_up_to_a_gap():
+  names = ["b.0.q", "b.1.q", "b.norm.q", "b.2.k", "b.4.q"]
+  assert published.count_layers(dict.fromkeys(names), "b.{}.q") == 2
+  assert published.count_layers({}, "b.{}.q") == 0
+
+
+def test_sizes_come_from_arrays_of_the_right_rank():
+  state_dict = {"a": np.zeros((2, 3)), "b": [1.0, 2.0], "c": None}
+  found = published.sizes(state_dict, {"a": 2, "b": 1})
+  assert found == {"a": (2, 3), "b": (2,)}
+  with pytest.raises(ConfigError, match=r"lack c of 2 axes.*found \(\)"):
+    published.sizes(state_dict, {"c": 2})
+  with pytest.raises(ConfigError, match=r"lack d of 1 axes.*found nothing"):
+    published.sizes(state_dict, {"d": 1})
 
 
 def test_a_parameter_without_a_row_is_an_error():
