@@ -15,7 +15,10 @@ from arflow_jax.errors import ConfigError
 
 Params = dict[str, Any]
 
-_BRANCHES = {"arflow": "arflow_jax.arflow.branch:ARFlowBranch"}
+_BRANCHES = {
+  "arflow": "arflow_jax.arflow.branch:ARFlowBranch",
+  "flowar": "arflow_jax.flowar.branch:FlowARBranch",
+}
 
 
 @runtime_checkable

@@ -43,9 +43,10 @@ def default_config() -> ConfigDict:
 
   config.optimizer = optimizer = ConfigDict()  # AdamW
   optimizer.peak_lr = 1e-4
-  optimizer.schedule = "constant"  # or "cosine", down to 1% at decay_steps
+  optimizer.schedule = "constant"  # or "cosine", until decay_steps
   optimizer.warmup_steps = 0
   optimizer.decay_steps = config_dict.placeholder(int)
+  optimizer.final_fraction = 0.01  # of peak_lr, where the cosine ends
   optimizer.b1 = 0.9
   optimizer.b2 = 0.95
   optimizer.eps = 1e-8
@@ -82,7 +83,11 @@ def check_relaunch(
   stored: ConfigDict, config: ConfigDict, workdir: str
 ) -> None:
   """Raises ConfigError where `config` changes a frozen key of a stored run."""
-  old, new = flatten(stored.to_dict()), flatten(config.to_dict())
+  # As JSON, for stored tuples come back as lists.
+  old, new = (flatten(json.loads(dumps(c))) for c in (stored, config))
+  # A key that is younger than the run had its default then.
+  for key, value in flatten(default_config().to_dict()).items():
+    old.setdefault(key, value)
   changed = [
     f"{key} (stored {old.get(key)!r}, now {new.get(key)!r})"
     for key in sorted(old.keys() | new.keys())

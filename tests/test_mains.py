@@ -157,9 +157,10 @@ def test_a_diverging_run_is_one_clear_line(tmp_path):
   assert "checkpoint" in done.stderr
 
 
-def test_train_then_sample(tmp_path):
+@pytest.mark.parametrize("family", ["arflow", "flowar"])
+def test_train_then_sample(family, tmp_path):
   run = tmp_path / "run"
-  done = _run("train", *flags(), f"--workdir={run}")
+  done = _run("train", *flags(family), f"--workdir={run}")
   assert done.returncode == 0, done.stderr
   assert "finished 4 steps" in done.stdout
   assert "images/s" in done.stdout

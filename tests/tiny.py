@@ -1,11 +1,8 @@
-"""A digits config small enough to train in a test."""
+"""Digits configs of each family, small enough to train in a test."""
 
-from configs.arflow import get_config
+import importlib
 
-MODEL = {
-  "model.width": 16,
-  "model.depth": 2,
-  "model.num_heads": 2,
+COMMON = {
   "batch_size": 4,
   "steps": 4,
   "checkpoint.every": 2,
@@ -13,20 +10,29 @@ MODEL = {
   "sample.num_steps": 3,
   "sample.block_size": 8,
 }
+MODEL = {
+  "arflow": {"model.width": 16, "model.depth": 2, "model.num_heads": 2},
+  "flowar": {
+    "model.width": 16,
+    "model.num_heads": 2,
+    "model.head_depth": 1,
+    "model.dropout": 0.1,
+  },
+}
 
 
-def tiny_config(**overrides):
-  """The digits config with `MODEL`, then `group__key=value` overrides."""
-  config = get_config("digits")
+def tiny_config(family="arflow", **overrides):
+  """A digits config, small, then `group__key=value` overrides."""
+  config = importlib.import_module(f"configs.{family}").get_config("digits")
   changes = {key.replace("__", "."): v for key, v in overrides.items()}
-  config.update_from_flattened_dict(MODEL | changes)
+  config.update_from_flattened_dict(COMMON | MODEL[family] | changes)
   return config
 
 
-def flags(**overrides):
+def flags(family="arflow", **overrides):
   """The same as command-line flags."""
   changes = {key.replace("__", "."): v for key, v in overrides.items()}
-  pairs = (MODEL | changes).items()
-  return ["--config=configs/arflow.py:digits"] + [
+  pairs = (COMMON | MODEL[family] | changes).items()
+  return [f"--config=configs/{family}.py:digits"] + [
     f"--config.{key}={value}" for key, value in pairs
   ]

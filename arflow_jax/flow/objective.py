@@ -104,7 +104,7 @@ def to_velocity(prediction: str, model: Velocity, path: Path) -> Velocity:
 
   Args:
     prediction: a name in `PREDICTIONS`.
-    model: `(x [B, h, w, C], t [], carry) -> (prediction, carry)`.
+    model: `(x [B, ...], t [], carry) -> (prediction, carry)`.
     path: the path it was trained on.
 
   Raises:

@@ -41,16 +41,16 @@ class Path:
 
   def interpolate(
     self,
-    x0: Float[Array, "*lead h w C"],
-    x1: Float[Array, "*lead h w C"],
+    x0: Float[Array, "*shape"],
+    x1: Float[Array, "*shape"],
     t: Float[Array, "*lead"],
-  ) -> tuple[Float[Array, "*lead h w C"], Float[Array, "*lead h w C"]]:
+  ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """Returns the noisy sample x_t and its velocity dx_t/dt.
 
     Args:
-      x0: standard normal noise; leading axes are `B` or `B S`.
+      x0: standard normal noise; its first axes are those of `t`.
       x1: data, same shape.
-      t: one time in [0, 1] per image.
+      t: one time in [0, 1] per image, `[B]` or, for sequences, `[B, S]`.
     """
     t = expand_times(t, x1)
     x = self.alpha(t) * x1 + self.sigma(t) * x0
@@ -74,10 +74,10 @@ class Path:
 
   def score_from_velocity(
     self,
-    v: Float[Array, "*lead h w C"],
-    x: Float[Array, "*lead h w C"],
+    v: Float[Array, "*shape"],
+    x: Float[Array, "*shape"],
     t: Float[Array, "*lead"],
-  ) -> Float[Array, "*lead h w C"]:
+  ) -> Float[Array, "*shape"]:
     """Score grad log p_t(x) that belongs to velocity `v` at `x`; t < 1."""
     t = expand_times(t, x)
     if self.name == "linear":  # closed form: no division by t
@@ -88,10 +88,10 @@ class Path:
 
   def noise_from_velocity(
     self,
-    v: Float[Array, "*lead h w C"],
-    x: Float[Array, "*lead h w C"],
+    v: Float[Array, "*shape"],
+    x: Float[Array, "*shape"],
     t: Float[Array, "*lead"],
-  ) -> Float[Array, "*lead h w C"]:
+  ) -> Float[Array, "*shape"]:
     """Expected noise x0 that belongs to velocity `v` at `x`."""
     t = expand_times(t, x)
     if self.name == "linear":
@@ -101,20 +101,20 @@ class Path:
 
   def velocity_from_score(
     self,
-    score: Float[Array, "*lead h w C"],
-    x: Float[Array, "*lead h w C"],
+    score: Float[Array, "*shape"],
+    x: Float[Array, "*shape"],
     t: Float[Array, "*lead"],
-  ) -> Float[Array, "*lead h w C"]:
+  ) -> Float[Array, "*shape"]:
     """Velocity of a score, `b s + f x`; t > 0, but for VP."""
     t = expand_times(t, x)
     return self.score_coefficient(t) * score + self.d_alpha_over_alpha(t) * x
 
   def velocity_from_noise(
     self,
-    noise: Float[Array, "*lead h w C"],
-    x: Float[Array, "*lead h w C"],
+    noise: Float[Array, "*shape"],
+    x: Float[Array, "*shape"],
     t: Float[Array, "*lead"],
-  ) -> Float[Array, "*lead h w C"]:
+  ) -> Float[Array, "*shape"]:
     """Velocity of a noise prediction, by score = -noise / sigma; t < 1."""
     return self.velocity_from_score(
       -noise / self.sigma(expand_times(t, x)), x, t
@@ -122,10 +122,10 @@ class Path:
 
   def data_from_score(
     self,
-    score: Float[Array, "*lead h w C"],
-    x: Float[Array, "*lead h w C"],
+    score: Float[Array, "*shape"],
+    x: Float[Array, "*shape"],
     t: Float[Array, "*lead"],
-  ) -> Float[Array, "*lead h w C"]:
+  ) -> Float[Array, "*shape"]:
     """Expected data x1 given `x` (Tweedie's formula); t > 0, but for VP."""
     t = expand_times(t, x)
     return (x + self.sigma(t) ** 2 * score) / self.alpha(t)

@@ -21,9 +21,9 @@ from arflow_jax.errors import ConfigError
 from arflow_jax.flow import paths
 
 Carry = Any
-# (x [B, h, w, C], t [], carry) -> (velocity [B, h, w, C], carry)
+# (x [B, ...], t [], carry) -> (velocity [B, ...], carry)
 Velocity = Callable[[jax.Array, jax.Array, Carry], tuple[jax.Array, Carry]]
-# step index [] -> standard normal noise [B, h, w, C]
+# step index [] -> standard normal noise [B, ...]
 Noise = Callable[[jax.Array], jax.Array]
 
 # Explicit Runge-Kutta tableaux (Hairer, Norsett, Wanner, Solving ODEs I, table
@@ -87,7 +87,7 @@ def ode(
   Args:
     velocity: the model, `(x, t, carry) -> (velocity, carry)`; or one for each
       step, where neighbours that are the same object share a loop.
-    x: where to start, `[B, h, w, C]`; or a tree of arrays, if `velocity`
+    x: where to start, an array `[B, ...]`; or a tree of arrays, if `velocity`
       answers with such a tree.
     carry: the model's state before the first call.
     times: the grid, ascending, or descending to run from data to noise.
@@ -161,7 +161,7 @@ def adaptive_ode(
 
 def sde(
   velocity: Velocity | Sequence[Velocity],
-  x: Float[Array, "B h w C"],
+  x: Float[Array, "B *rest"],
   carry: Carry,
   times: Float[Array, "K"],
   noise: Noise,
@@ -172,7 +172,7 @@ def sde(
   diffusion_norm: float = 1.0,
   last_step: str = "mean",
   last_step_size: float = 0.04,
-) -> tuple[Float[Array, "B h w C"], Carry]:
+) -> tuple[Float[Array, "B *rest"], Carry]:
   """K - 1 stochastic steps on an even grid of K times, then one last step.
 
   Calls the velocity once a step with `euler` (Euler-Maruyama) and twice with

@@ -16,7 +16,7 @@ from arflow_jax.errors import ConfigError
 
 
 def learning_rate(optimizer: ConfigDict) -> optax.Schedule:
-  """Linear warm-up, then constant, or cosine down to 1% at `decay_steps`.
+  """Linear warm-up, then constant, or cosine until `decay_steps`.
 
   The schedule never looks at the number of steps to run, so that a run can be
   continued for longer without changing what it did.
@@ -34,7 +34,7 @@ def learning_rate(optimizer: ConfigDict) -> optax.Schedule:
         f" optimizer.warmup_steps={warmup} for schedule 'cosine'"
       )
     span = optimizer.decay_steps - warmup
-    after = optax.cosine_decay_schedule(peak, span, alpha=0.01)
+    after = optax.cosine_decay_schedule(peak, span, optimizer.final_fraction)
   else:
     raise ConfigError(
       f"optimizer.schedule={optimizer.schedule!r} is unknown; choose"

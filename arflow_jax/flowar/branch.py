@@ -1,0 +1,63 @@
+"""FlowAR as the trainer, the sampler and the evaluator see it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from arflow_jax.errors import ConfigError
+from arflow_jax.flowar import objective, sampler
+from arflow_jax.flowar.network import FlowAR, Shape
+from arflow_jax.nn.functional import Blueprint, Params
+
+
+class FlowARBranch:
+  """See `branches.Branch`."""
+
+  def __init__(self, config: ConfigDict):
+    model = config.model.to_dict()
+    self.label_dropout = model.pop("label_dropout")
+    if not 0 <= self.label_dropout < 1:
+      raise ConfigError(
+        f"model.label_dropout={self.label_dropout} must lie in [0, 1)"
+      )
+    if config.data.sequence_length != 1:
+      raise ConfigError(
+        f"data.sequence_length={config.data.sequence_length}: FlowAR learns"
+        " from single images; set it to 1"
+      )
+    model["scales"] = tuple(model["scales"])
+    self.shape = shape = Shape(**model)
+    self.num_classes = shape.num_classes
+    self.image_shape = (shape.image_size, shape.image_size, shape.channels)
+    self.item_shape = (1, *self.image_shape)
+    # Parameters to the network: FlowAR.conditions and FlowAR.head.
+    self.network = Blueprint(lambda rngs: FlowAR(shape, rngs=rngs))
+    self.axes, self.init = self.network.axes, self.network.init
+
+  def loss(
+    self, params: Params, batch: dict[str, jax.Array], keys: Key[Array, "B"]
+  ) -> Float[Array, "B"]:
+    network = self.network(params)
+    keys = jax.vmap(jax.random.split)(keys)
+    dropped = jax.vmap(jax.random.uniform)(keys[:, 0]) < self.label_dropout
+    labels = jnp.where(dropped, self.num_classes, batch["labels"])
+    draws = objective.draw(keys[:, 1], network, dropout=self.shape.dropout > 0)
+    return objective.loss(network, batch["images"][:, 0], labels, draws)
+
+  def settings(self, sample: ConfigDict) -> sampler.Settings:
+    settings = sample.to_dict()
+    del settings["block_size"]  # the service's, not the model's
+    settings["scale_steps"] = tuple(settings["scale_steps"])
+    settings = sampler.Settings(**settings)
+    settings.steps_of(0, len(self.shape.scales))  # checks their number
+    return settings
+
+  def sample(
+    self,
+    params: Params,
+    keys: Key[Array, "B"],
+    labels: Int[Array, "B"],
+    settings: sampler.Settings,
+  ) -> Float[Array, "B h w C"]:
+    return sampler.sample(self.network(params), keys, labels, settings)

@@ -1,0 +1,257 @@
+"""FlowAR's flow head: the velocity of whole scales, given their semantics.
+
+One small transformer serves all scales; a scale attends to itself alone. Each
+token is modulated by its own condition (Spatial-adaLN, arXiv 2412.15205). There
+are two published forms: attention and MLP (S), or with cross-attention to the
+conditions between them (L, H). Noise levels run as published here: tau = 0 is
+data, tau = 1 is noise, and the head answers noise - data.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from arflow_jax.flowar.layers import (
+  GatedFeedForward,
+  RMSNorm,
+  attend,
+  modulated,
+)
+from arflow_jax.nn import layers, remat, rope
+
+_HEAD = 64  # features of an attention head, as published
+
+
+class Context(NamedTuple):
+  """What the head needs to know of the conditions, computed once a scale.
+
+  Attributes:
+    tokens: the condition of each token, in the head's width.
+    cross: keys and values of each block's cross-attention, or None.
+  """
+
+  tokens: Float[Array, "B n F"]
+  cross: Any
+
+
+class SelfAttention(nnx.Module):
+  """Attention of every scale to itself, with rotary embedding."""
+
+  def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    kwargs = dict(dtype=dtype, rngs=rngs)
+    self.qkv = layers.linear(
+      width, 3 * width, ("embed", "heads"), use_bias=False, **kwargs
+    )
+    self.proj = layers.linear(width, width, ("heads", "embed"), **kwargs)
+
+  def __call__(
+    self, x: Float[Array, "B n F"], table: rope.Table, lengths: tuple[int, ...]
+  ) -> Float[Array, "B n F"]:
+    qkv = self.qkv(x).reshape(*x.shape[:2], 3, -1, _HEAD)
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    q, k = rope.rotate(q, table), rope.rotate(k, table)
+    return self.proj(_by_scale(q, k, v, lengths))
+
+
+class CrossAttention(nnx.Module):
+  """Attention of every scale to its own conditions."""
+
+  def __init__(
+    self, width: int, context: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+  ):
+    kwargs = dict(dtype=dtype, rngs=rngs)
+    self.query_norm = RMSNorm(width)
+    self.context_norm = RMSNorm(context)
+    self.q = layers.linear(
+      width, width, ("embed", "heads"), use_bias=False, **kwargs
+    )
+    self.kv = layers.linear(
+      context, 2 * width, ("embed", "heads"), use_bias=False, **kwargs
+    )
+    self.proj = layers.linear(width, width, ("heads", "embed"), **kwargs)
+
+  def keys_and_values(
+    self, z: Float[Array, "B n W"], table: rope.Table
+  ) -> tuple[Float[Array, "B n H D"], Float[Array, "B n H D"]]:
+    """Keys and values of the conditions; they do not change with time."""
+    kv = self.kv(self.context_norm(z)).reshape(*z.shape[:2], 2, -1, _HEAD)
+    return rope.rotate(kv[:, :, 0], table), kv[:, :, 1]
+
+  def __call__(
+    self,
+    x: Float[Array, "B n F"],
+    kv: tuple[Float[Array, "B n H D"], Float[Array, "B n H D"]],
+    table: rope.Table,
+    lengths: tuple[int, ...],
+  ) -> Float[Array, "B n F"]:
+    q = self.q(self.query_norm(x)).reshape(*x.shape[:2], -1, _HEAD)
+    return self.proj(_by_scale(rope.rotate(q, table), *kv, lengths))
+
+
+def _by_scale(q, k, v, lengths):
+  """Attention inside each scale; features of the heads packed again."""
+  cuts = np.cumsum(lengths)[:-1]
+  parts = [jnp.split(x, cuts, axis=1) for x in (q, k, v)]
+  out = jnp.concatenate([attend(*scale) for scale in zip(*parts)], axis=1)
+  return out.reshape(*out.shape[:2], -1)
+
+
+class Block(nnx.Module):
+  """One block of the head, in either published form."""
+
+  def __init__(
+    self,
+    width: int,
+    context: int,
+    cross: bool,
+    *,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    kwargs = dict(dtype=dtype, rngs=rngs)
+    parts = 3 if cross else 6
+    self.modulation = layers.linear(
+      width, parts * width, (None, "embed"), **kwargs
+    )
+    self.attention = SelfAttention(width, **kwargs)
+    self.cross = CrossAttention(width, context, **kwargs) if cross else None
+    if cross:
+      self.time_modulation = layers.linear(
+        width, 3 * width, (None, "embed"), **kwargs
+      )
+    self.mlp = GatedFeedForward(width, **kwargs)
+    self._dtype = dtype
+
+  def __call__(
+    self,
+    x: Float[Array, "B n F"],
+    time: Float[Array, "B G F"],
+    condition: Float[Array, "B n F"],
+    cross: Any,
+    table: rope.Table,
+    lengths: tuple[int, ...],
+  ) -> Float[Array, "B n F"]:
+    """`time` is one vector per scale, `condition` has it added per token."""
+    mod = self.modulation(jax.nn.silu(condition).astype(self._dtype))
+    if self.cross:
+      per_scale = self.time_modulation(jax.nn.silu(time).astype(self._dtype))
+      gate1, scale1, shift1 = (
+        _per_token(part, lengths) for part in jnp.split(per_scale, 3, axis=-1)
+      )
+      gate2, scale2, shift2 = jnp.split(mod, 3, axis=-1)
+    else:
+      gate1, gate2, scale1, scale2, shift1, shift2 = jnp.split(mod, 6, axis=-1)
+    u = modulated(x, shift1, scale1, self._dtype)
+    x = x + gate1 * self.attention(u, table, lengths)
+    if self.cross:
+      x = x + self.cross(x.astype(self._dtype), cross, table, lengths)
+    return x + gate2 * self.mlp(modulated(x, shift2, scale2, self._dtype))
+
+
+def _per_token(x, lengths):
+  """One vector per scale to one per token; a single scale broadcasts."""
+  if len(lengths) == 1:
+    return x
+  return jnp.take(x, np.repeat(np.arange(len(lengths)), lengths), axis=1)
+
+
+class FlowHead(nnx.Module):
+  """Noisy tokens of one or more scales to the direction noise - data."""
+
+  def __init__(
+    self,
+    features: int,
+    context: int,
+    width: int,
+    depth: int,
+    cross: bool,
+    *,
+    stretch: float,
+    remat_policy: str,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    kwargs = dict(dtype=dtype, rngs=rngs)
+    self.time_embedding = layers.TimeEmbedding(
+      width, rngs=rngs, init=layers.xavier
+    )
+    self.condition_proj = layers.linear(
+      context, width, (None, "embed"), **kwargs
+    )
+    self.input_proj = layers.linear(features, width, (None, "embed"), **kwargs)
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
+    def stack(rngs):
+      return Block(width, context, cross, dtype=dtype, rngs=rngs)
+
+    self.blocks = stack(rngs)
+    self.final_modulation = layers.linear(
+      width, 2 * width, (None, "embed"), **kwargs
+    )
+    self.final_linear = layers.linear(
+      width, features, ("embed", None), **kwargs
+    )
+    self._cross, self._stretch = cross, stretch
+    self._remat, self._dtype = remat_policy, dtype
+
+  def context(
+    self, z: Float[Array, "B n W"], sides: tuple[int, ...]
+  ) -> Context:
+    """Everything that depends on the conditions alone.
+
+    Args:
+      z: the transformer's answer for the tokens of some scales.
+      sides: sides of these scales, in tokens.
+    """
+    tokens = self.condition_proj(z.astype(self._dtype)).astype(jnp.float32)
+    if not self._cross:
+      return Context(tokens, None)
+    table = rope.table(sides, _HEAD, self._stretch)
+    graphdef, blocks = nnx.split(self.blocks)
+
+    def keys_and_values(_, params):
+      block = nnx.merge(graphdef, params)
+      return None, block.cross.keys_and_values(z.astype(self._dtype), table)
+
+    return Context(tokens, jax.lax.scan(keys_and_values, None, blocks)[1])
+
+  def __call__(
+    self,
+    x: Float[Array, "B n P"],
+    levels: Float[Array, "B G"],
+    context: Context,
+    sides: tuple[int, ...],
+  ) -> Float[Array, "B n P"]:
+    """The direction noise - data at x, float32.
+
+    Args:
+      x: noisy tokens of G scales, one scale after another.
+      levels: integer noise levels trunc(1000 tau), one per image and scale.
+      context: what `context` made of these scales' conditions.
+      sides: sides of the scales, in tokens.
+    """
+    lengths = tuple(side * side for side in sides)
+    table = rope.table(sides, _HEAD, self._stretch)
+    time = self.time_embedding(levels)
+    condition = context.tokens + _per_token(time, lengths)
+    h = self.input_proj(x.astype(self._dtype)).astype(jnp.float32)
+    graphdef, blocks = nnx.split(self.blocks)
+
+    def block(h, layer):
+      params, cross = layer
+      module = nnx.merge(graphdef, params)
+      return module(h, time, condition, cross, table, lengths), None
+
+    h, _ = jax.lax.scan(
+      remat.POLICIES[self._remat](block), h, (blocks, context.cross)
+    )
+    mod = self.final_modulation(jax.nn.silu(condition).astype(self._dtype))
+    shift, scale = jnp.split(mod, 2, axis=-1)
+    out = self.final_linear(modulated(h, shift, scale, self._dtype))
+    return out.astype(jnp.float32)

@@ -1,0 +1,101 @@
+"""What FlowAR's transformer and flow head share (FlowAR, arXiv 2412.15205)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Key
+
+from arflow_jax.nn import layers
+
+
+def attend(
+  q: Float[Array, "B n H D"],
+  k: Float[Array, "B m H D"],
+  v: Float[Array, "B m H D"],
+  visible: Bool[np.ndarray, "n m"] | None = None,
+  dropout: "Dropout | None" = None,
+) -> Float[Array, "B n H D"]:
+  """Softmax attention, scores and softmax in float32.
+
+  Args:
+    q: queries.
+    k: keys.
+    v: values.
+    visible: which keys a query sees; None stands for all.
+    dropout: of the attention probabilities.
+  """
+  precision = "highest" if q.dtype == jnp.float32 else None
+  kwargs = dict(precision=precision, preferred_element_type=jnp.float32)
+  scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, **kwargs) * q.shape[-1] ** -0.5
+  if visible is not None:
+    scores = jnp.where(jnp.asarray(visible), scores, -jnp.inf)
+  weights = jax.nn.softmax(scores, axis=-1)
+  if dropout:
+    weights = dropout(weights)
+  out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v, **kwargs)
+  return out.astype(v.dtype)
+
+
+class Dropout:
+  """Dropout whose draws belong to the item: one key for each row of a batch.
+
+  Each call makes a fresh draw. Probabilities are multiples of 2^-16, so that a
+  draw costs half the random bits.
+  """
+
+  def __init__(self, rate: float, keys: Key[Array, "B"]):
+    self._rate, self._keys = round(rate * 65536), keys
+    self._calls = 0
+
+  def __call__(self, x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:
+    site = self._calls
+    self._calls += 1
+
+    def keep(key):
+      bits = jax.random.bits(
+        jax.random.fold_in(key, site), x.shape[1:], jnp.uint16
+      )
+      return bits >= self._rate
+
+    scale = 65536 / (65536 - self._rate)
+    return jnp.where(jax.vmap(keep)(self._keys), x * scale, 0).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square norm over the last axis with a learned gain, eps 1e-6."""
+
+  def __init__(self, width: int):
+    self.scale = nnx.Param(jnp.ones((width,)), axes=("embed",))
+
+  def __call__(self, x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:
+    return layers.rms_norm(x) * self.scale[...].astype(x.dtype)
+
+
+class GatedFeedForward(nnx.Module):
+  """`fc2(GELU(gate x) * (value x))` with exact GELU, 8/3 times as wide."""
+
+  def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    hidden = int(width * 4 * 2 / 3)
+    kwargs = dict(dtype=dtype, rngs=rngs)
+    self.gate = layers.linear(width, hidden, ("embed", "mlp"), **kwargs)
+    self.value = layers.linear(width, hidden, ("embed", "mlp"), **kwargs)
+    self.fc2 = layers.linear(hidden, width, ("mlp", "embed"), **kwargs)
+
+  def __call__(
+    self, x: Float[Array, "B n E"], dropout: Dropout | None = None
+  ) -> Float[Array, "B n E"]:
+    drop = dropout or (lambda x: x)
+    hidden = jax.nn.gelu(self.gate(x), approximate=False) * self.value(x)
+    return drop(self.fc2(drop(hidden)))
+
+
+def modulated(
+  x: Float[Array, "B n E"],
+  shift: Float[Array, "B #n E"],
+  scale: Float[Array, "B #n E"],
+  dtype: DTypeLike,
+) -> Float[Array, "B n E"]:
+  """`RMS(x) (1 + scale) + shift`, per image or (Spatial-adaLN) per token."""
+  return (layers.rms_norm(x) * (1 + scale) + shift).astype(dtype)

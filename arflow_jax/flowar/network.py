@@ -1,0 +1,289 @@
+"""The FlowAR network (arXiv 2412.15205; sizes and layout as published).
+
+A block-causal transformer reads the class and, for every scale, the scale below
+it; its answer for a token is the condition from which the flow head draws that
+token. Training feeds all scales at once under a mask; sampling feeds one scale
+per call and passes a cache of keys and values along: the same code.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
+
+from arflow_jax.errors import ConfigError
+from arflow_jax.flowar import pyramid
+from arflow_jax.flowar.head import FlowHead
+from arflow_jax.flowar.layers import (
+  Dropout,
+  GatedFeedForward,
+  RMSNorm,
+  attend,
+  modulated,
+)
+from arflow_jax.nn import layers, remat, rope
+
+# Keys and values of each layer, [L, B, m, H, D], of the encoder and decoder.
+KeysAndValues = tuple[Float[Array, "_ B _ H D"], Float[Array, "_ B _ H D"]]
+Cache = tuple[KeysAndValues, KeysAndValues]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """Everything that fixes the parameters of a `FlowAR` and how it computes.
+
+  Attributes:
+    image_size: side of the (latent) images; the last scale times the patch.
+    channels: C, channels of the (latent) images.
+    patch_size: side of a token in pixels, at every scale.
+    scales: sides of the scales in tokens, each twice the one before.
+    width: W, features of the transformer.
+    encoder_depth: blocks of its first half.
+    decoder_depth: blocks of its second half.
+    num_heads: its heads; `width / num_heads` is a multiple of 4.
+    head_width: F, features of the flow head, a multiple of 64.
+    head_depth: blocks of the flow head.
+    cross_attention: whether those blocks also attend to the conditions.
+    num_classes: classes; label `num_classes` is the null class.
+    dropout: of attention probabilities, attention results and both sides of
+      the feed-forward's last layer, in the transformer, in training.
+    rope_stretch: the range of positions that a scale of any side spans.
+    dtype: type of the matrix products, "float32" or "bfloat16".
+    remat: what the backward pass recomputes, a name in `nn.remat.POLICIES`.
+  """
+
+  image_size: int
+  channels: int
+  patch_size: int
+  scales: tuple[int, ...]
+  width: int
+  encoder_depth: int
+  decoder_depth: int
+  num_heads: int
+  head_width: int
+  head_depth: int
+  cross_attention: bool
+  num_classes: int
+  dropout: float = 0.1
+  rope_stretch: float = 16.0
+  dtype: str = "float32"
+  remat: str = "dots"
+
+  def __post_init__(self):
+    sizes = ("image_size", "channels", "patch_size", "width", "encoder_depth")
+    sizes += ("decoder_depth", "num_heads", "head_width", "head_depth")
+    for name in (*sizes, "num_classes", "rope_stretch"):
+      if not getattr(self, name) > 0:
+        raise ConfigError(
+          f"model.{name}={getattr(self, name)} must be positive"
+        )
+    side = self.pyramid.side
+    if side != self.image_size:
+      raise ConfigError(
+        f"model.scales={self.scales} end at a side of {side} pixels (patches"
+        f" of {self.patch_size}), but model.image_size={self.image_size}"
+      )
+    if self.width % (4 * self.num_heads):
+      raise ConfigError(
+        f"model.width={self.width} must be a multiple of 4 x"
+        f" model.num_heads={self.num_heads}: rotary embedding splits a head"
+        " into quarters"
+      )
+    if self.head_width % 64:
+      raise ConfigError(
+        f"model.head_width={self.head_width} must be a multiple of 64, the size"
+        " of an attention head there"
+      )
+    if not 0 <= self.dropout < 1:
+      raise ConfigError(f"model.dropout={self.dropout} must lie in [0, 1)")
+    if self.dtype not in ("float32", "bfloat16"):
+      raise ConfigError(
+        f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'"
+      )
+    if self.remat not in remat.POLICIES:
+      raise ConfigError(
+        f"model.remat={self.remat!r} is unknown; choose from"
+        f" {sorted(remat.POLICIES)}"
+      )
+
+  @property
+  def pyramid(self) -> pyramid.Pyramid:
+    """The scales and their resize operators."""
+    return pyramid.Pyramid(self.scales, self.patch_size)
+
+  @property
+  def features(self) -> int:
+    """P, numbers in a token."""
+    return self.patch_size**2 * self.channels
+
+
+class Block(nnx.Module):
+  """Transformer block with adaLN from the class."""
+
+  def __init__(self, shape: Shape, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    width = shape.width
+    kwargs = dict(dtype=dtype, rngs=rngs)
+    self.modulation = layers.linear(
+      width, 6 * width, (None, "embed"), dtype=jnp.float32, rngs=rngs
+    )
+    self.qkv = layers.linear(width, 3 * width, ("embed", "heads"), **kwargs)
+    self.proj = layers.linear(width, width, ("heads", "embed"), **kwargs)
+    self.mlp = GatedFeedForward(width, **kwargs)
+    self._shape, self._dtype = shape, dtype
+
+  def __call__(
+    self,
+    h: Float[Array, "B n W"],
+    c: Float[Array, "B W"],
+    table: rope.Table,
+    visible: np.ndarray | None,
+    cache: tuple[Array, Array] | None,
+    keys: Key[Array, "B"] | None,
+  ) -> tuple[Float[Array, "B n W"], tuple[Array, Array]]:
+    """Returns the tokens and their own keys and values."""
+    dropout = keys is not None and Dropout(self._shape.dropout, keys)
+    drop = dropout or (lambda x: x)
+    mod = self.modulation(jax.nn.silu(c))[:, None]
+    gate1, gate2, scale1, scale2, shift1, shift2 = jnp.split(mod, 6, axis=-1)
+    qkv = self.qkv(modulated(h, shift1, scale1, self._dtype))
+    qkv = qkv.reshape(*h.shape[:2], 3, self._shape.num_heads, -1)
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    q, k = rope.rotate(q, table), rope.rotate(k, table)
+    seen_k, seen_v = k, v
+    if cache is not None:
+      seen_k = jnp.concatenate([cache[0], k], axis=1)
+      seen_v = jnp.concatenate([cache[1], v], axis=1)
+    out = attend(q, seen_k, seen_v, visible, dropout or None)
+    out = drop(self.proj(out.reshape(h.shape)))
+    h = h + gate1 * out
+    u = modulated(h, shift2, scale2, self._dtype)
+    return h + gate2 * self.mlp(u, dropout or None), (k, v)
+
+
+class FlowAR(nnx.Module):
+  """Transformer and flow head."""
+
+  def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
+    self.shape = shape
+    dtype = jnp.dtype(shape.dtype)
+    width, length = shape.width, sum(shape.pyramid.lengths)
+    kwargs = dict(dtype=dtype, rngs=rngs)
+
+    def positions():
+      value = layers.normal(rngs.params(), (length, width), jnp.float32)
+      return nnx.Param(value, axes=(None, "embed"))
+
+    def stack(depth):
+      @nnx.split_rngs(splits=depth)
+      @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
+      def blocks(rngs):
+        return Block(shape, dtype=dtype, rngs=rngs)
+
+      return blocks(rngs)
+
+    self.label_embedding = layers.LabelEmbedding(
+      shape.num_classes, width, rngs=rngs
+    )
+    self.token_proj = layers.linear(
+      shape.features, width, (None, "embed"), **kwargs
+    )
+    self.token_norm = RMSNorm(width)
+    self.encoder_positions = positions()
+    self.encoder = stack(shape.encoder_depth)
+    self.encoder_norm = RMSNorm(width)
+    self.decoder_proj = layers.linear(width, width, (None, "embed"), **kwargs)
+    self.decoder_positions = positions()
+    self.decoder = stack(shape.decoder_depth)
+    self.decoder_norm = RMSNorm(width)
+    self.condition_positions = positions()
+    self.head = FlowHead(
+      shape.features,
+      width,
+      shape.head_width,
+      shape.head_depth,
+      shape.cross_attention,
+      stretch=shape.rope_stretch,
+      remat_policy=shape.remat,
+      **kwargs,
+    )
+
+  def conditions(
+    self,
+    labels: Int[Array, "B"],
+    inputs: list[Float[Array, "B _ _ C"]],
+    cache: Cache | None = None,
+    *,
+    first: int = 0,
+    keys: Key[Array, "B"] | None = None,
+  ) -> tuple[Float[Array, "B n W"], Cache]:
+    """The condition of every token of some scales, and the cache after them.
+
+    Args:
+      labels: one class per image; `num_classes` is the null class.
+      inputs: `Pyramid.next_input` of each scale; scale 0 has none, it reads the
+        class.
+      cache: what the call for the scales before returned; None before scale 0.
+      first: index of the first scale of this call.
+      keys: one key per image for dropout; None turns it off.
+    """
+    shape = self.shape
+    tokens, c = self._tokens(labels, inputs, first)
+    last = first + len(inputs) + (first == 0)
+    lengths = shape.pyramid.lengths
+    begin, end = sum(lengths[:first]), sum(lengths[:last])
+    ids = np.repeat(np.arange(last), lengths[:last])
+    visible = ids[begin:, None] >= ids[None]  # block-causal over scales
+    table = rope.table(
+      shape.scales[first:last],
+      shape.width // shape.num_heads,
+      shape.rope_stretch,
+    )
+    common = (c, table, None if visible.all() else visible)
+    depth = shape.encoder_depth + shape.decoder_depth
+    if keys is not None:
+      keys = jax.vmap(lambda key: jax.random.split(key, depth))(keys).T
+    halves = (
+      [None, None]
+      if keys is None
+      else (keys[: shape.encoder_depth], keys[shape.encoder_depth :])
+    )
+    h = tokens + self.encoder_positions[begin:end]
+    h = self.token_norm(h)
+    seen = cache or (None, None)
+    h, encoded = self._blocks(self.encoder, h, common, seen[0], halves[0])
+    h = self.encoder_norm(h).astype(shape.dtype)
+    h = self.decoder_proj(h).astype(jnp.float32)
+    h = h + self.decoder_positions[begin:end]
+    h, decoded = self._blocks(self.decoder, h, common, seen[1], halves[1])
+    z = self.decoder_norm(h) + self.condition_positions[begin:end]
+    return z, (encoded, decoded)
+
+  def _tokens(self, labels, inputs, first):
+    c = self.label_embedding(labels)
+    parts = []
+    if first == 0:  # the published first scale is one token; any has the class
+      parts.append(jnp.repeat(c[:, None], self.shape.scales[0] ** 2, axis=1))
+    if inputs:
+      flat = [self.shape.pyramid.tokens(x) for x in inputs]
+      flat = jnp.concatenate(flat, axis=1).astype(self.shape.dtype)
+      parts.append(self.token_proj(flat).astype(jnp.float32))
+    return jnp.concatenate(parts, axis=1), c
+
+  def _blocks(self, stack, h, common, cache, keys):
+    c, table, visible = common
+    graphdef, blocks = nnx.split(stack)
+
+    def block(h, layer):
+      params, cache, keys = layer
+      module = nnx.merge(graphdef, params)
+      return module(h, c, table, visible, cache, keys)
+
+    block = remat.POLICIES[self.shape.remat](block)
+    h, new = jax.lax.scan(block, h, (blocks, cache, keys))
+    if cache is not None:
+      new = tuple(jnp.concatenate(pair, axis=2) for pair in zip(cache, new))
+    return h, new

@@ -1,0 +1,221 @@
+"""Drawing images with FlowAR: scale after scale, each by its own flow.
+
+The transformer runs once per scale and passes its cache of keys and values on;
+the flow head integrates the scale from noise. Guidance rises over the scales,
+from none at the first to its full value at the last. The published sampler
+moves a second, unconditional sample along that never counts; here there is
+none.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from arflow_jax.errors import ConfigError
+from arflow_jax.flow import guidance as guidance_lib
+from arflow_jax.flow import solvers
+from arflow_jax.flowar.head import Context, FlowHead
+from arflow_jax.flowar.network import FlowAR
+
+METHODS = ("ode", "sde")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How the scales are drawn; the defaults are those published for FlowAR-L.
+
+  Attributes:
+    method: "ode" (Euler) or "sde" (Euler-Maruyama with the sigma diffusion, to
+      0.04 before the data, and a last step without noise).
+    grid: noise levels of the ODE: "published" (`published_grid`), "uniform", or
+      the levels themselves, such as "1,0.6,0.3,0".
+    num_steps: steps of every scale; the "published" grid makes one fewer of an
+      odd number.
+    scale_steps: steps of each scale; empty stands for num_steps everywhere.
+    guidance: classifier-free guidance scale at the last scale; 1 means none.
+    guidance_low: lower end of the times (0 noise, 1 data) at which it applies.
+    guidance_high: upper end of those times.
+  """
+
+  method: str = "ode"
+  grid: str = "published"
+  num_steps: int = 25
+  scale_steps: tuple[int, ...] = ()
+  guidance: float = 2.4
+  guidance_low: float = 0.1
+  guidance_high: float = 1.0
+
+  def __post_init__(self):
+    if self.method not in METHODS:
+      raise ConfigError(
+        f"sample.method={self.method!r} is unknown; choose from {METHODS}"
+      )
+    for steps in (self.num_steps, *self.scale_steps):
+      if steps < 2:
+        name = "num_steps" if steps == self.num_steps else "scale_steps"
+        raise ConfigError(f"sample.{name}={steps} must be at least 2")
+      self.levels(steps)  # checks the grid
+    self.classifier_free(1.0)  # checks itself
+
+  def classifier_free(self, share: float) -> guidance_lib.Guidance:
+    """The guidance of a scale; `share` rises from 0 at the first scale to 1."""
+    low, high = self.guidance_low, self.guidance_high
+    full = guidance_lib.Guidance(self.guidance, (low, high))
+    return dataclasses.replace(full, scale=1 + (self.guidance - 1) * share)
+
+  def levels(self, steps: int) -> Float[np.ndarray, "K"]:
+    """Noise levels tau from 1 down to 0, float64, of a scale of so many steps.
+
+    Raises:
+      ConfigError: an unknown grid, or levels that do not fall from 1 to 0.
+    """
+    if self.method == "sde":
+      return np.append(np.linspace(1, 0.04, steps), 0.0)
+    if self.grid == "published":
+      return published_grid(steps)
+    if self.grid == "uniform":
+      return np.linspace(1, 0, steps + 1)
+    try:
+      levels = np.array([float(text) for text in self.grid.split(",")])
+    except ValueError:
+      raise ConfigError(
+        f"sample.grid={self.grid!r} is unknown; choose 'published', 'uniform'"
+        " or levels such as '1,0.5,0'"
+      ) from None
+    if levels[0] != 1 or levels[-1] != 0 or not (np.diff(levels) < 0).all():
+      raise ConfigError(f"sample.grid={self.grid!r} must fall from 1 to 0")
+    return levels
+
+  def steps_of(self, index: int, scales: int) -> int:
+    """Steps of scale `index` of so many scales.
+
+    Raises:
+      ConfigError: `scale_steps` that are not one for each scale.
+    """
+    if self.scale_steps and len(self.scale_steps) != scales:
+      raise ConfigError(
+        f"sample.scale_steps={self.scale_steps} must name {scales} numbers, one"
+        " for each of model.scales, or none"
+      )
+    return self.scale_steps[index] if self.scale_steps else self.num_steps
+
+
+def published_grid(steps: int) -> Float[np.ndarray, "K"]:
+  """The published levels: even for 50 steps, else denser near the data."""
+  if steps == 50:
+    return np.linspace(1, 0, 51)
+  half = steps // 2
+  return np.concatenate(
+    [np.linspace(1, 0.3, half), np.linspace(0.25, 0, half + 1)]
+  )
+
+
+def draw_scale(
+  head: FlowHead,
+  side: int,
+  z: Float[Array, "R n W"],
+  noise: Float[Array, "B n P"],
+  kicks: solvers.Noise,
+  levels: Float[np.ndarray, "K"],
+  guidance: guidance_lib.Guidance,
+  method: str = "ode",
+) -> Float[Array, "B n P"]:
+  """Integrates one scale from noise to data.
+
+  Args:
+    head: the flow.
+    side: of the scale, in tokens.
+    z: conditions of the scale's tokens: B rows, or 2B with the unconditional
+      ones second.
+    noise: standard normal tokens to start from.
+    kicks: the standard normal draw of step i; used by "sde" alone.
+    levels: noise levels tau from 1 down to 0, float64.
+    guidance: of this scale.
+    method: a name in `METHODS`.
+  """
+  batch = noise.shape[0]
+  # The head counts noise levels in integers: a table, since 1 - t would round.
+  integers = jnp.asarray(np.trunc(np.float32(levels) * np.float32(1000)))
+  context = head.context(z, (side,))
+  first = Context(*jax.tree.map(lambda x: _rows(x, batch), tuple(context)))
+
+  def call(x, step, context):
+    level = jnp.full((x.shape[0], 1), integers[step])
+    return -head(x, level, context, (side,))
+
+  def pair(x, t, step):
+    both = call(jnp.concatenate([x, x]), step, context)
+    return both[:batch], both[batch:], step + 1
+
+  def single(x, t, step):
+    return call(x, step, first), step + 1
+
+  times = 1 - levels
+  velocities = guidance_lib.guide(pair, single, guidance, times[:-1])
+  times = jnp.asarray(times, jnp.float32)
+  if method == "ode":
+    return solvers.ode(velocities, noise, jnp.int32(0), times)[0]
+  return solvers.sde(
+    velocities,
+    noise,
+    jnp.int32(0),
+    times[:-1],
+    kicks,
+    last_step_size=float(levels[-2]),
+  )[0]
+
+
+def _rows(x, batch):
+  """The conditional rows of part of a context: layers lead in cross parts."""
+  return x[:batch] if x.ndim == 3 else x[:, :batch]
+
+
+def sample(
+  network: FlowAR,
+  keys: Key[Array, "B"],
+  labels: Int[Array, "B"],
+  settings: Settings,
+) -> Float[Array, "B h w C"]:
+  """Draws one image (or latent) per key and label.
+
+  Args:
+    network: with the weights to sample from.
+    keys: one key per image: all its noise comes from it and from nothing else.
+    labels: classes; `num_classes` samples without a class.
+    settings: grid, steps and guidance.
+  """
+  shape = network.shape
+  pyramid = shape.pyramid
+  rows = labels
+  if settings.guidance != 1:
+    null = jnp.full_like(labels, shape.num_classes)
+    rows = jnp.concatenate([labels, null])
+  x, cache = None, None
+  for index, length in enumerate(pyramid.lengths):
+    inputs = []
+    if index:
+      below = pyramid.next_input(pyramid.image(x), index)
+      inputs = [jnp.concatenate([below] * (len(rows) // len(labels)))]
+    z, cache = network.conditions(rows, inputs, cache, first=index)
+
+    def noise(i, index=index, size=(length, shape.features)):
+      def draw(key):
+        key = jax.random.fold_in(jax.random.fold_in(key, index), i)
+        return jax.random.normal(key, size)
+
+      return jax.vmap(draw)(keys)
+
+    x = draw_scale(
+      network.head,
+      shape.scales[index],
+      z,
+      noise(0),
+      lambda i, noise=noise: noise(i + 1),
+      settings.levels(settings.steps_of(index, len(shape.scales))),
+      settings.classifier_free(index / max(len(shape.scales) - 1, 1)),
+      settings.method,
+    )
+  return pyramid.image(x)

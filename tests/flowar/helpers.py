@@ -1,0 +1,74 @@
+"""The networks of the golden values and of the head's reference files."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from arflow_jax.flowar import weights
+from arflow_jax.flowar.head import FlowHead
+from arflow_jax.flowar.network import FlowAR, Shape
+from arflow_jax.nn import published
+
+SCALES = (1, 2, 4, 8, 16)
+
+
+def golden_shape(cross: bool) -> Shape:
+  return Shape(16, 16, 1, SCALES, 128, 2, 2, 2, 192, 2, cross, 1000)
+
+
+def golden_network(rs: np.random.RandomState, cross: bool) -> FlowAR:
+  """The parameter fill of the golden values, in ascending ASCII order."""
+  shape = golden_shape(cross)
+  network = nnx.eval_shape(lambda: FlowAR(shape, rngs=nnx.Rngs(0)))
+  params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+  shapes = jax.eval_shape(
+    lambda p: published.export(p, weights._rows(shape)), params
+  )
+  filled = {}
+  for name in sorted(shapes):
+    a = rs.standard_normal(shapes[name].shape)
+    if name.endswith("pos_embed_learned"):
+      a = 0.5 * a
+    elif a.ndim >= 2:
+      a = a / np.sqrt(np.prod(a.shape[1:]))
+    elif name.endswith(".weight"):
+      a = 1 + 0.1 * a
+    else:
+      a = 0.1 * a
+    filled[name] = a.astype(np.float32)
+  return weights.from_published(filled, num_heads=2)[0]
+
+
+def head_of(z, network: dict) -> FlowHead:
+  """A head alone, from a reference file that holds several."""
+  prefix = f"param/n{network['index']}/"
+  cross = network["cross"]
+  state_dict = {
+    name.removeprefix(prefix): z[name]
+    for name in z.names
+    if name.startswith(prefix) and not name.endswith("freqs")
+  }
+  graphdef, abstract = nnx.split(
+    nnx.eval_shape(
+      lambda: FlowHead(
+        network["in_channels"],
+        network["z_channels"],
+        network["model_channels"],
+        network["num_res_blocks"],
+        cross,
+        stretch=16.0,
+        remat_policy="none",
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+      )
+    ),
+    nnx.Param,
+  )
+  params = published.restore(
+    state_dict,
+    weights.head_rows("", "", cross),
+    nnx.to_pure_dict(abstract),
+    {},
+  )
+  return nnx.merge(graphdef, nnx.State(params))

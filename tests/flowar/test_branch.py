@@ -1,0 +1,128 @@
+"""FlowAR under the promises of the trainer: items, resumption, meshes."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arflow_jax import branches
+from arflow_jax.data import pipeline
+from arflow_jax.errors import ConfigError
+from arflow_jax.flowar import objective
+from arflow_jax.flowar.layers import Dropout
+from arflow_jax.parallel import mesh as mesh_lib
+from arflow_jax.training import checkpoint, loop, optimizer, state
+from tests.tiny import flags, tiny_config
+
+
+def test_randomness_belongs_to_the_item():
+  """Noise, levels, dropout: an item's loss is the same alone."""
+  config = tiny_config("flowar")
+  branch = branches.build(config)
+  params = jax.jit(branch.init)(jax.random.key(0))
+  batch = jax.tree.map(jnp.asarray, next(pipeline.train_batches(config, 0)))
+  keys = state.item_keys(0, jnp.int32(7), 4)
+  loss = jax.jit(branch.loss)
+  whole = loss(params, batch, keys)
+  for i in range(4):
+    one = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
+    alone = loss(params, one, keys[i : i + 1])
+    np.testing.assert_allclose(alone, whole[i : i + 1], rtol=1e-5)
+  assert np.abs(loss(params, batch, keys[::-1]) - whole).min() > 1e-4
+
+
+def test_dropout_and_label_dropout_take_their_share(monkeypatch):
+  keys = state.item_keys(0, jnp.int32(0), 50)
+  drop = Dropout(0.1, keys)
+  x = jnp.ones((50, 30, 40))
+  first, second = drop(x), drop(x)
+  assert abs(float((first == 0).mean()) - 0.1) < 0.005
+  np.testing.assert_allclose(first.max(), 1 / 0.9, rtol=1e-3)
+  np.testing.assert_allclose(first.mean(), 1, atol=0.01)
+  assert (first != second).any()  # each place draws its own
+  assert (first[0] != first[1]).any()
+
+  branch = branches.build(tiny_config("flowar", model__label_dropout=0.9))
+  seen = []
+
+  def record(network, latents, labels, draws):
+    seen.append(labels)
+    return jnp.zeros(len(labels))
+
+  monkeypatch.setattr(objective, "loss", record)
+  keys = state.item_keys(0, jnp.int32(0), 1000)
+  batch = {"images": jnp.zeros((1000, 1, 8, 8, 1)), "labels": jnp.full(1000, 3)}
+  branch.loss(jax.jit(branch.init)(jax.random.key(0)), batch, keys)
+  assert abs(float((seen[0] == 10).mean()) - 0.9) < 0.03
+  assert set(np.unique(seen[0])) == {3, 10}
+
+
+def test_levels_are_uniform_one_for_each_scale():
+  branch = branches.build(tiny_config("flowar"))
+  network = branch.network(jax.jit(branch.init)(jax.random.key(0)))
+  draws = objective.draw(state.item_keys(0, jnp.int32(0), 2000), network)
+  assert draws.levels.shape == (2000, 4)
+  np.testing.assert_allclose(draws.levels.mean(0), 0.5, atol=0.03)
+  integers = objective.integer_levels(draws.levels)
+  assert (integers.min(), integers.max()) == (0, 999)
+  corner = np.corrcoef(np.asarray(draws.levels).T) - np.eye(4)
+  assert np.abs(corner).max() < 0.1
+  np.testing.assert_allclose(draws.noise.std(), 1, atol=0.01)
+
+
+def _state(config, workdir):
+  branch = branches.build(config)
+  mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
+  tx = optimizer.make_optimizer(config.optimizer, branch.axes)
+  abstract = state.abstract_state(branch, tx, mesh)
+  return checkpoint.Checkpoints(str(workdir), config).restore(abstract)
+
+
+def test_two_and_two_steps_are_four_bit_for_bit(tmp_path):
+  straight, broken = tmp_path / "straight", tmp_path / "broken"
+  config = tiny_config("flowar")
+  loop.train(config, str(straight))
+  loop.train(tiny_config("flowar", steps=2), str(broken))
+  loop.train(config, str(broken))
+  a, b = _state(config, straight), _state(config, broken)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_four_devices_make_the_same_run(tmp_path):
+  """data 2 x fsdp 2 against one device, with the rounding of another order."""
+  env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+  command = [sys.executable, "-m", "arflow_jax.train", *flags("flowar")]
+  for name, extra, environment in (
+    ("one", [], None),
+    ("four", ["--config.mesh.data=2", "--config.mesh.fsdp=2"], env),
+  ):
+    subprocess.run(
+      [*command, f"--workdir={tmp_path / name}", *extra],
+      env=environment,
+      check=True,
+      capture_output=True,
+    )
+  config = tiny_config("flowar")
+  a, b = (_state(config, tmp_path / name) for name in ("one", "four"))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+    a.params,
+    b.params,
+  )
+
+
+@pytest.mark.parametrize(
+  ("overrides", "named"),
+  [
+    ({"data__sequence_length": 5}, "data.sequence_length=5"),
+    ({"model__label_dropout": 1.0}, "model.label_dropout=1.0"),
+    ({"model__scales": (1, 3, 8)}, r"model.scales=\(1, 3, 8\)"),
+  ],
+)
+def test_bad_values_are_refused_by_name(overrides, named):
+  with pytest.raises(ConfigError, match=named):
+    branches.build(tiny_config("flowar", **overrides))

@@ -1,0 +1,274 @@
+"""FlowAR's scale loop against golden and reference values, and its promises."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arflow_jax import branches
+from arflow_jax.analysis import flops
+from arflow_jax.errors import ConfigError
+from arflow_jax.flow.guidance import Guidance
+from arflow_jax.flowar import sampler, weights
+from configs.flowar import get_config
+from tests.conftest import (
+  channels_first,
+  channels_last,
+  parity_files,
+  relative_error,
+)
+from tests.flowar.helpers import SCALES, golden_network, head_of
+
+GOLDEN = {
+  False: (
+    [-0.77213, -1.68955, 1.43349, 3.06497, 3.55429, -1.24204],
+    [1.33384, 0.27501, -3.52116, -2.68431, -1.90520, -0.99353],
+    1.77159,
+  ),
+  True: (
+    [-0.40199, 3.24713, 0.44592, 0.42655, 1.77471, -0.28167],
+    [-0.48039, 2.59247, -2.11018, 1.35737, 0.62656, 1.59592],
+    1.81860,
+  ),
+}
+
+
+def _draw(network, labels, noise, settings):
+  """The scale loop with given noise; every scale's condition and sample."""
+  rows = labels
+  if settings.guidance != 1:
+    rows = jnp.concatenate([labels, jnp.full_like(labels, 1000)])
+  pyramid, batch = network.shape.pyramid, len(labels)
+  x, cache, seen = None, None, []
+  for i, s in enumerate(SCALES):
+    inputs = []
+    if i:
+      below = pyramid.next_input(pyramid.image(x), i)
+      inputs = [jnp.concatenate([below] * (len(rows) // batch))]
+    z, cache = jax.jit(functools.partial(network.conditions, first=i))(
+      rows, inputs, cache
+    )
+    x = _scale(network.head, s, z, noise[i][:batch], settings, i)
+    seen.append((z, x))
+  return pyramid.image(x), seen
+
+
+def _scale(head, side, z, noise, settings, index):
+  return jax.jit(
+    lambda z, noise: sampler.draw_scale(
+      head,
+      side,
+      z,
+      noise,
+      lambda i: noise,
+      settings.levels(settings.num_steps),
+      settings.classifier_free(index / 4),
+    )
+  )(z, noise)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_golden_sample(cross):
+  rs = np.random.RandomState(1234)
+  network = golden_network(rs, cross)
+  rs.standard_normal((2, 16, 16, 16))
+  rs.uniform(size=(5, 2))
+  for s in SCALES:
+    rs.standard_normal((2, s * s, 16))
+  noise = [
+    jnp.asarray(rs.standard_normal((4, s * s, 16)), jnp.float32) for s in SCALES
+  ]
+  settings = sampler.Settings(guidance=2.4, guidance_low=0.1)
+  final, _ = _draw(network, jnp.array([3, 7]), noise, settings)
+  first, last, std = GOLDEN[cross]
+  final = channels_first(final)
+  np.testing.assert_allclose(final[0, 0, 0, :6], first, atol=1e-3)
+  np.testing.assert_allclose(final[1, 15, 15, 10:], last, atol=1e-3)
+  np.testing.assert_allclose(final.std(), std, atol=2e-4)
+
+
+@pytest.mark.parametrize("path", parity_files("flowar_sample*"))
+def test_published_samples(path, load_parity):
+  z = load_parity(path)
+  network, _ = weights.from_published(z.params())
+  for run in z.meta["runs"]:
+    name = run["name"]
+    settings = sampler.Settings(
+      num_steps=run["num_steps"],
+      guidance=run["cfg"],
+      guidance_low=round(1 - run["guidance"], 6),
+    )
+    levels = settings.levels(run["num_steps"])
+    integers = np.trunc(np.float32(levels[:-1]) * np.float32(1000))
+    np.testing.assert_array_equal(integers, run["integer_times"])
+    labels = jnp.asarray(z[f"in/{name}/labels"])
+    batch = len(labels)
+    rows = batch if run["cfg"] == 1 else 2 * batch
+    noise = [z[f"in/{name}/noise/{s}"] for s in SCALES]
+    final, seen = _draw(network, labels, noise, settings)
+    wanted = channels_last(z[f"out/{name}/latents"])
+    assert relative_error(final, wanted) < 5e-4
+    for i, s in enumerate(SCALES):
+      wanted_z = jnp.asarray(z[f"out/{name}/z/{s}"])[:rows]
+      wanted = z[f"out/{name}/sample/{s}"][:batch]
+      assert relative_error(seen[i][0], wanted_z) < 5e-4, (name, s)
+      assert relative_error(seen[i][1], wanted) < 5e-4, (name, s)
+      alone = _scale(network.head, s, wanted_z, noise[i][:batch], settings, i)
+      assert relative_error(alone, wanted) < 5e-5, (name, s)
+
+
+@pytest.mark.parametrize("path", parity_files("flowar_flow_network*"))
+def test_published_head_samplers(path, load_parity):
+  z = load_parity(path)
+  kinds = set()
+  for network in z.meta["networks"]:
+    head, name = head_of(z, network), f"n{network['index']}"
+    for run in network["runs"]:
+      method = {"euler": "ode", "euler_maruyama": "sde"}[run["kind"]]
+      kind = {"ode": "euler", "sde": "em"}[method] + f"_{run['index']}"
+      kinds.add(method)
+      settings = sampler.Settings(method=method)
+      low = 1 - run["guidance_high"]
+      x = z[f"in/{name}/x"]
+      batch = len(x) // 2
+      kicks = (
+        z[f"in/{name}/{kind}_noise"][:, :batch] if method == "sde" else None
+      )
+      draw = functools.partial(
+        sampler.draw_scale,
+        head,
+        network["grid"],
+        kicks=lambda i, kicks=kicks: kicks[i],
+        levels=settings.levels(run["num_steps"]),
+        guidance=Guidance(run["cfg_scale"], (low, 1.0)),
+        method=method,
+      )
+      # Without guidance both halves are samples of their own.
+      for half in range(2 if run["cfg_scale"] == 1 else 1):
+        rows = slice(half * batch, (half + 1) * batch)
+        condition = z[f"in/{name}/z"]
+        if run["cfg_scale"] == 1:
+          condition = condition[rows]
+          if method == "sde":
+            kicks = z[f"in/{name}/{kind}_noise"][:, rows]
+            draw.keywords["kicks"] = lambda i, kicks=kicks: kicks[i]
+        out = jax.jit(lambda c, x, draw=draw: draw(z=c, noise=x))(
+          condition, x[rows]
+        )
+        wanted = z[f"out/{name}/{kind}"][rows]
+        assert relative_error(out, wanted) < 5e-5, (name, kind)
+  assert kinds == {"ode", "sde"}
+
+
+def test_published_grids():
+  """Steps of 25 make 24 with a jump from 0.3 to 0.25; 50 are even."""
+  settings = sampler.Settings()
+  grid = settings.levels(25)
+  assert len(grid) == 25
+  np.testing.assert_allclose(grid[[0, 11, 12, 24]], [1, 0.3, 0.25, 0])
+  np.testing.assert_allclose(settings.levels(50), np.linspace(1, 0, 51))
+  uniform = sampler.Settings(grid="uniform").levels(50)
+  np.testing.assert_array_equal(uniform, settings.levels(50))
+  own = sampler.Settings(grid="1,0.6,0.25,0")
+  np.testing.assert_array_equal(own.levels(25), [1, 0.6, 0.25, 0])
+  em = sampler.Settings(method="sde").levels(8)
+  assert len(em) == 9
+  np.testing.assert_allclose(em[-2:], [0.04, 0])
+
+
+def _tiny(**sample):
+  config = get_config("digits").unlock()
+  config.model.update({"width": 16, "num_heads": 2, "head_depth": 1})
+  config.sample.update({"num_steps": 4} | sample)
+  branch = branches.build(config)
+  return branch, branch.settings(config.sample)
+
+
+KEYS = jax.vmap(jax.random.key)(jnp.arange(2))
+LABELS = jnp.array([1, 4])
+
+
+def _params(branch):
+  params = jax.jit(branch.init)(jax.random.key(0))
+  leaves, tree = jax.tree.flatten(params)
+  return jax.tree.unflatten(tree, [leaf + 0.05 for leaf in leaves])
+
+
+def _images(labels=LABELS, keys=KEYS, **sample):
+  branch, settings = _tiny(**sample)
+  draw = jax.jit(lambda p, k, y: branch.sample(p, k, y, settings))
+  return draw(_params(branch), keys, labels)
+
+
+@pytest.mark.parametrize("method", sampler.METHODS)
+def test_an_image_depends_on_its_key_and_label_only(method):
+  together = _images(method=method)
+  alone = _images(LABELS[1:], KEYS[1:], method=method)
+  np.testing.assert_allclose(together[1:], alone, atol=1e-4)
+  assert not np.allclose(together[0], together[1])
+
+
+def test_guidance_one_and_no_label_work():
+  plain = _images(guidance=1.0)
+  almost = _images(guidance=1 + 1e-6)
+  np.testing.assert_allclose(plain, almost, atol=1e-3)
+  assert np.abs(plain - _images(guidance=6.0)).max() > 1e-3
+  null = jnp.full_like(LABELS, 10)
+  free, guided = _images(null, guidance=1.0), _images(null, guidance=6.0)
+  np.testing.assert_allclose(free, guided, atol=1e-4)  # nothing to tell apart
+
+
+def test_guidance_rises_over_the_scales():
+  settings = sampler.Settings(guidance=2.4)
+  found = [settings.classifier_free(k / 4).scale for k in range(5)]
+  np.testing.assert_allclose(found, [1, 1.35, 1.7, 2.05, 2.4])
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_no_head_call_is_wasted(cross):
+  """Calls of the head, one row each: 2 inside the interval, else 1."""
+  config = get_config("digits").unlock()
+  config.model.cross_attention = cross
+  config.sample.update({"num_steps": 10, "grid": "uniform"})
+  branch = branches.build(config)
+  params = jax.eval_shape(branch.init, jax.random.key(0))
+
+  def cost(**sample):
+    config.sample.update({"guidance": 2.0} | sample)
+    settings = branch.settings(config.sample)
+    run = lambda p, k, y: branch.sample(p, k, y, settings)
+    return flops.count(run, params, KEYS, LABELS)
+
+  # Doubling the steps in which a scale is guided adds as much each time.
+  base = cost(guidance_low=0.95, guidance_high=0.96)  # no step starts there
+  one = cost(guidance_low=0.5, guidance_high=0.5) - base
+  assert one > 0
+  assert cost(guidance_low=0.5, guidance_high=0.6) - base == 2 * one
+  assert cost(guidance_low=0.1, guidance_high=1.0) - base == 9 * one
+  # Steps of the first scale cost the same with guidance or without.
+  with_first = cost(scale_steps=(20, 10, 10, 10))
+  without = cost(scale_steps=(20, 10, 10, 10), guidance=1.0)
+  assert with_first - cost() == without - cost(guidance=1.0)
+
+
+@pytest.mark.parametrize(
+  ("change", "named"),
+  [
+    ({"method": "heun"}, "sample.method='heun'"),
+    ({"grid": "even"}, "sample.grid='even'"),
+    ({"grid": "1,0.5"}, "must fall from 1 to 0"),
+    ({"grid": "1,0.2,0.3,0"}, "must fall from 1 to 0"),
+    ({"num_steps": 1}, "sample.num_steps=1"),
+    ({"scale_steps": (4, 4, 1, 4)}, "sample.scale_steps=1"),
+    ({"scale_steps": (4, 4)}, r"sample.scale_steps=\(4, 4\) must name 4"),
+    ({"guidance": -1.0}, "guidance=-1.0"),
+    ({"guidance_low": -0.1}, "guidance interval"),
+    ({"guidance_high": 1.5}, "guidance interval"),
+    ({"guidance_low": 0.9, "guidance_high": 0.1}, "guidance interval"),
+  ],
+)
+def test_bad_settings_are_refused_by_name(change, named):
+  with pytest.raises(ConfigError, match=named):
+    _tiny(**change)
