@@ -123,5 +123,6 @@ def _digits(config: ConfigDict) -> None:
   optimizer.clip = "global_norm"
   config.ema.decay = 0.998
   config.checkpoint.every = 500
+  config.sample.guidance = 1.8
   config.sample.block_size = 100
   config.log.every = 100

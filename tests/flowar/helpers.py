@@ -40,6 +40,26 @@ def golden_network(rs: np.random.RandomState, cross: bool) -> FlowAR:
   return weights.from_published(filled, num_heads=2)[0]
 
 
+def random_params(abstract, scale=0.15):
+  """Random values for every leaf, by NumPy: there is nothing to compile."""
+  rs = np.random.RandomState(0)
+  return jax.tree.map(
+    lambda leaf: jnp.asarray(
+      scale * rs.standard_normal(leaf.shape), jnp.float32
+    ),
+    abstract,
+  )
+
+
+def random_network(shape: Shape) -> FlowAR:
+  """A network with random values everywhere."""
+  graphdef, abstract = nnx.split(
+    nnx.eval_shape(lambda: FlowAR(shape, rngs=nnx.Rngs(0))), nnx.Param
+  )
+  params = random_params(nnx.to_pure_dict(abstract))
+  return nnx.merge(graphdef, nnx.State(params))
+
+
 def head_of(z, network: dict) -> FlowHead:
   """A head alone, from a reference file that holds several."""
   prefix = f"param/n{network['index']}/"

@@ -16,14 +16,19 @@ from arflow_jax.flowar import objective
 from arflow_jax.flowar.layers import Dropout
 from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.training import checkpoint, loop, optimizer, state
+from tests.flowar.helpers import random_params
 from tests.tiny import flags, tiny_config
+
+
+def _params(branch):
+  return random_params(jax.eval_shape(branch.init, jax.random.key(0)))
 
 
 def test_randomness_belongs_to_the_item():
   """Noise, levels, dropout: an item's loss is the same alone."""
   config = tiny_config("flowar")
   branch = branches.build(config)
-  params = jax.jit(branch.init)(jax.random.key(0))
+  params = _params(branch)
   batch = jax.tree.map(jnp.asarray, next(pipeline.train_batches(config, 0)))
   keys = state.item_keys(0, jnp.int32(7), 4)
   loss = jax.jit(branch.loss)
@@ -56,14 +61,14 @@ def test_dropout_and_label_dropout_take_their_share(monkeypatch):
   monkeypatch.setattr(objective, "loss", record)
   keys = state.item_keys(0, jnp.int32(0), 1000)
   batch = {"images": jnp.zeros((1000, 1, 8, 8, 1)), "labels": jnp.full(1000, 3)}
-  branch.loss(jax.jit(branch.init)(jax.random.key(0)), batch, keys)
+  branch.loss(_params(branch), batch, keys)
   assert abs(float((seen[0] == 10).mean()) - 0.9) < 0.03
   assert set(np.unique(seen[0])) == {3, 10}
 
 
 def test_levels_are_uniform_one_for_each_scale():
   branch = branches.build(tiny_config("flowar"))
-  network = branch.network(jax.jit(branch.init)(jax.random.key(0)))
+  network = branch.network(_params(branch))
   draws = objective.draw(state.item_keys(0, jnp.int32(0), 2000), network)
   assert draws.levels.shape == (2000, 4)
   np.testing.assert_allclose(draws.levels.mean(0), 0.5, atol=0.03)
@@ -82,36 +87,40 @@ def _state(config, workdir):
   return checkpoint.Checkpoints(str(workdir), config).restore(abstract)
 
 
-def test_two_and_two_steps_are_four_bit_for_bit(tmp_path):
-  straight, broken = tmp_path / "straight", tmp_path / "broken"
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  """The state after four steps without a break, on one device."""
+  workdir = tmp_path_factory.mktemp("straight")
   config = tiny_config("flowar")
-  loop.train(config, str(straight))
-  loop.train(tiny_config("flowar", steps=2), str(broken))
-  loop.train(config, str(broken))
-  a, b = _state(config, straight), _state(config, broken)
-  jax.tree.map(np.testing.assert_array_equal, a, b)
+  loop.train(config, str(workdir))
+  return _state(config, workdir)
 
 
-def test_four_devices_make_the_same_run(tmp_path):
+def test_two_and_two_steps_are_four_bit_for_bit(straight, tmp_path):
+  config = tiny_config("flowar")
+  loop.train(tiny_config("flowar", steps=2), str(tmp_path))
+  loop.train(config, str(tmp_path))
+  broken = _state(config, tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, straight, broken)
+
+
+def test_four_devices_make_the_same_run(straight, tmp_path):
   """data 2 x fsdp 2 against one device, with the rounding of another order."""
-  env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4")
-  command = [sys.executable, "-m", "arflow_jax.train", *flags("flowar")]
-  for name, extra, environment in (
-    ("one", [], None),
-    ("four", ["--config.mesh.data=2", "--config.mesh.fsdp=2"], env),
-  ):
-    subprocess.run(
-      [*command, f"--workdir={tmp_path / name}", *extra],
-      env=environment,
-      check=True,
-      capture_output=True,
-    )
-  config = tiny_config("flowar")
-  a, b = (_state(config, tmp_path / name) for name in ("one", "four"))
+  subprocess.run(
+    [
+      *(sys.executable, "-m", "arflow_jax.train", *flags("flowar")),
+      *("--config.mesh.data=2", "--config.mesh.fsdp=2"),
+      f"--workdir={tmp_path}",
+    ],
+    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    check=True,
+    capture_output=True,
+  )
+  four = _state(tiny_config("flowar"), tmp_path)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-    a.params,
-    b.params,
+    straight.params,
+    four.params,
   )
 
 

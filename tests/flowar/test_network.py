@@ -15,22 +15,14 @@ from arflow_jax.flowar import objective, weights
 from arflow_jax.flowar.network import FlowAR, Shape
 from configs.flowar import get_config
 from tests.conftest import channels_last, parity_files, relative_error
-from tests.flowar.helpers import SCALES, golden_network, head_of
+from tests.flowar.helpers import (
+  SCALES,
+  golden_network,
+  head_of,
+  random_network,
+)
 
 TINY = Shape(8, 3, 1, (1, 2, 4, 8), 32, 2, 1, 2, 64, 2, False, 10)
-
-
-def _random(shape):
-  """A network with random values everywhere."""
-  make = jax.jit(lambda: nnx.split(FlowAR(shape, rngs=nnx.Rngs(0))))
-  graphdef, params = make()
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noisy = [
-    leaf + 0.1 * jax.random.normal(key, leaf.shape)
-    for leaf, key in zip(leaves, keys)
-  ]
-  return nnx.merge(graphdef, jax.tree.unflatten(tree, noisy))
 
 
 def _inputs(network, latents):
@@ -207,9 +199,9 @@ def test_integer_levels(path, load_parity):
   np.testing.assert_array_equal(found, z["out/time_truncation/int"])
 
 
-@pytest.mark.parametrize("cuts", [(1, 1, 1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize("cuts", [(1, 1, 1, 1), (3, 1)])
 def test_scales_one_by_one_equal_the_masked_pass(cuts):
-  network = _random(TINY)
+  network = random_network(TINY)
   latents = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
   labels = jnp.array([3, 10])
   inputs = _inputs(network, latents)
@@ -228,7 +220,7 @@ def test_scales_one_by_one_equal_the_masked_pass(cuts):
 
 
 def test_later_scales_never_reach_earlier_ones():
-  network = _random(TINY)
+  network = random_network(TINY)
   labels = jnp.array([3])
   latents = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
   inputs = _inputs(network, latents)
@@ -268,11 +260,10 @@ def test_initial_values_follow_the_published_rules():
       np.testing.assert_array_equal(value, 0)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_remat_changes_no_gradient(remat):
+def test_remat_changes_no_gradient():
   def gradient(name):
     shape = Shape(4, 1, 1, (2, 4), 16, 1, 1, 2, 64, 1, True, 3, remat=name)
-    network = _random(shape)
+    network = random_network(shape)
     graphdef, params = nnx.split(network, nnx.Param)
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(jax.random.key(1), (2, 4, 4, 1))
@@ -284,20 +275,24 @@ def test_remat_changes_no_gradient(remat):
 
     return jax.jit(jax.grad(loss))(params)
 
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
-    gradient("dots"),
-    gradient(remat),
-  )
+  exact = gradient("none")
+  for name in ("dots", "full"):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
+      gradient(name),
+      exact,
+    )
 
 
 def test_bfloat16_stays_close_and_returns_float32():
   x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
   labels = jnp.array([3, 10])
 
-  @functools.partial(jax.jit, static_argnums=0)
   def run(dtype):
-    network = _random(dataclasses.replace(TINY, dtype=dtype))
+    network = random_network(dataclasses.replace(TINY, dtype=dtype))
+    return jax.jit(functools.partial(answers, network))()
+
+  def answers(network):
     z, _ = network.conditions(labels, _inputs(network, x))
     context = network.head.context(z[:, -64:], (8,))
     levels = jnp.full((2, 1), 500.0)

@@ -19,7 +19,12 @@ from tests.conftest import (
   parity_files,
   relative_error,
 )
-from tests.flowar.helpers import SCALES, golden_network, head_of
+from tests.flowar.helpers import (
+  SCALES,
+  golden_network,
+  head_of,
+  random_params,
+)
 
 GOLDEN = {
   False: (
@@ -56,6 +61,11 @@ def _draw(network, labels, noise, settings):
 
 
 def _scale(head, side, z, noise, settings, index):
+  return _compiled(head, side, settings, index)(z, noise)
+
+
+@functools.cache
+def _compiled(head, side, settings, index):
   return jax.jit(
     lambda z, noise: sampler.draw_scale(
       head,
@@ -66,7 +76,7 @@ def _scale(head, side, z, noise, settings, index):
       settings.levels(settings.num_steps),
       settings.classifier_free(index / 4),
     )
-  )(z, noise)
+  )
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -190,16 +200,17 @@ KEYS = jax.vmap(jax.random.key)(jnp.arange(2))
 LABELS = jnp.array([1, 4])
 
 
-def _params(branch):
-  params = jax.jit(branch.init)(jax.random.key(0))
-  leaves, tree = jax.tree.flatten(params)
-  return jax.tree.unflatten(tree, [leaf + 0.05 for leaf in leaves])
+@functools.cache
+def _params():
+  """Random values everywhere; no setting of `_tiny` changes their shapes."""
+  branch, _ = _tiny()
+  return random_params(jax.eval_shape(branch.init, jax.random.key(0)))
 
 
 def _images(labels=LABELS, keys=KEYS, **sample):
   branch, settings = _tiny(**sample)
   draw = jax.jit(lambda p, k, y: branch.sample(p, k, y, settings))
-  return draw(_params(branch), keys, labels)
+  return draw(_params(), keys, labels)
 
 
 @pytest.mark.parametrize("method", sampler.METHODS)

@@ -7,8 +7,9 @@ from flax import nnx
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.flowar import weights
-from arflow_jax.flowar.network import FlowAR, Shape
+from arflow_jax.flowar.network import Shape
 from tests.conftest import parity_files
+from tests.flowar.helpers import random_network
 
 
 @pytest.mark.parametrize(
@@ -43,8 +44,7 @@ def _published(cross, **change):
   sizes |= dict(width=32, encoder_depth=2, decoder_depth=1, num_heads=4)
   sizes |= dict(head_width=64, head_depth=2, num_classes=5)
   shape = Shape(cross_attention=cross, **sizes | change)
-  made = jax.jit(lambda: nnx.split(FlowAR(shape, rngs=nnx.Rngs(0))))()
-  return shape, nnx.merge(*made)
+  return shape, random_network(shape)
 
 
 @pytest.mark.parametrize("cross", [False, True])
