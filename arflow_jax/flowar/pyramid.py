@@ -8,6 +8,7 @@ separable, linear and fixed: a matrix M, applied as M X M^T.
 
 import dataclasses
 import functools
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,8 +71,11 @@ class Pyramid:
   patch_size: int = 1
 
   def __post_init__(self):
-    doubles = all(b == 2 * a for a, b in zip(self.scales, self.scales[1:]))
-    if not self.scales or self.scales[0] < 1 or not doubles:
+    whole = all(isinstance(side, int) and side > 0 for side in self.scales)
+    doubles = whole and all(
+      b == 2 * a for a, b in itertools.pairwise(self.scales)
+    )
+    if not self.scales or not doubles:
       raise ConfigError(
         f"model.scales={self.scales} must double from one to the next, such as"
         " (1, 2, 4, 8)"

@@ -53,10 +53,14 @@ class Settings:
       raise ConfigError(
         f"sample.method={self.method!r} is unknown; choose from {METHODS}"
       )
-    for steps in (self.num_steps, *self.scale_steps):
-      if steps < 2:
-        name = "num_steps" if steps == self.num_steps else "scale_steps"
-        raise ConfigError(f"sample.{name}={steps} must be at least 2")
+    for name, steps in (
+      ("num_steps", self.num_steps),
+      *(("scale_steps", steps) for steps in self.scale_steps),
+    ):
+      if not isinstance(steps, int) or steps < 2:
+        raise ConfigError(
+          f"sample.{name}={steps!r} must be a whole number of at least 2"
+        )
       self.levels(steps)  # checks the grid
     self.classifier_free(1.0)  # checks itself
 

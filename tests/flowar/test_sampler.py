@@ -273,6 +273,7 @@ def test_no_head_call_is_wasted(cross):
     ({"grid": "1,0.2,0.3,0"}, "must fall from 1 to 0"),
     ({"num_steps": 1}, "sample.num_steps=1"),
     ({"scale_steps": (4, 4, 1, 4)}, "sample.scale_steps=1"),
+    ({"scale_steps": (4, 4, "a", 4)}, "sample.scale_steps='a'"),
     ({"scale_steps": (4, 4)}, r"sample.scale_steps=\(4, 4\) must name 4"),
     ({"guidance": -1.0}, "guidance=-1.0"),
     ({"guidance_low": -0.1}, "guidance interval"),
