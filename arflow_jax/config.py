@@ -85,7 +85,7 @@ def check_relaunch(
   """Raises ConfigError where `config` changes a frozen key of a stored run."""
   # As JSON, for stored tuples come back as lists.
   old, new = (flatten(json.loads(dumps(c))) for c in (stored, config))
-  # A key that is younger than the run had its default then.
+  # A shared key that is younger than the run had its default then.
   for key, value in flatten(default_config().to_dict()).items():
     old.setdefault(key, value)
   changed = [

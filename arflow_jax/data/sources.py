@@ -125,9 +125,11 @@ def open_source(config: ConfigDict, split: Split) -> Source:
     source = Random(wanted, model.num_classes)
   elif name == "latents":
     raise ConfigError(
-      "data.source='latents': this version cannot make or read caches of"
-      " autoencoder latents yet; train on pixels with data.source=digits or"
-      " tfds:NAME"
+      "data.source='latents': this version cannot make or read a cache of"
+      f" autoencoder latents yet ({model.image_size} x {model.image_size} x"
+      f" {model.channels} of each image and of its mirror image, scaled to unit"
+      " variance); train on pixels with data.source=digits or tfds:NAME, or"
+      " time this network with data.source=random"
     )
   else:
     raise ConfigError(

@@ -6,6 +6,7 @@ only, an inheritance from DiT; a limited interval follows arXiv 2404.07724.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +40,10 @@ class Guidance:
 
   def __post_init__(self):
     low, high = self.interval
-    if not self.scale >= 0:
-      raise ConfigError(f"guidance={self.scale} must not be negative")
+    if not 0 <= self.scale < math.inf:
+      raise ConfigError(
+        f"guidance={self.scale} must not be negative, and finite"
+      )
     if not 0 <= low <= high <= 1:
       raise ConfigError(
         f"guidance interval ({low}, {high}) must satisfy 0 <= low <= high <= 1"

@@ -32,11 +32,17 @@ class Context(NamedTuple):
 
   Attributes:
     tokens: the condition of each token, in the head's width.
-    cross: keys and values of each block's cross-attention, or None.
+    cross: keys and values of each block's cross-attention, two arrays
+      `[blocks, B, n, H, D]`, or None.
   """
 
   tokens: Float[Array, "B n F"]
   cross: Any
+
+  def rows(self, count: int) -> "Context":
+    """That of the first `count` images."""
+    cross = jax.tree.map(lambda part: part[:, :count], self.cross)
+    return Context(self.tokens[:count], cross)
 
 
 class SelfAttention(nnx.Module):
@@ -195,7 +201,7 @@ class FlowHead(nnx.Module):
       width, 2 * width, (None, "embed"), **kwargs
     )
     self.final_linear = layers.linear(
-      width, features, ("embed", None), **kwargs
+      width, features, ("embed", None), result=jnp.float32, **kwargs
     )
     self._cross, self._stretch = cross, stretch
     self._remat, self._dtype = remat_policy, dtype
@@ -253,5 +259,4 @@ class FlowHead(nnx.Module):
     )
     mod = self.final_modulation(jax.nn.silu(condition).astype(self._dtype))
     shift, scale = jnp.split(mod, 2, axis=-1)
-    out = self.final_linear(modulated(h, shift, scale, self._dtype))
-    return out.astype(jnp.float32)
+    return self.final_linear(modulated(h, shift, scale, self._dtype))

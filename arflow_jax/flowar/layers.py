@@ -41,12 +41,17 @@ def attend(
 class Dropout:
   """Dropout whose draws belong to the item: one key for each row of a batch.
 
-  Each call makes a fresh draw. Probabilities are multiples of 2^-16, so that a
-  draw costs half the random bits.
+  Each call makes a fresh draw: its count is folded into the keys, so that one
+  instance serves one pass through one block. Probabilities are multiples of
+  2^-16, so that a draw costs half the random bits.
+
+  Args:
+    rate: probability that a value is dropped, in [0, 1).
+    keys: one for each row.
   """
 
   def __init__(self, rate: float, keys: Key[Array, "B"]):
-    self._rate, self._keys = round(rate * 65536), keys
+    self._rate, self._keys = min(round(rate * 65536), 65535), keys
     self._calls = 0
 
   def __call__(self, x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:

@@ -229,7 +229,12 @@ class FlowAR(nnx.Module):
       cache: what the call for the scales before returned; None before scale 0.
       first: index of the first scale of this call.
       keys: one key per image for dropout; None turns it off.
+
+    Raises:
+      ValueError: later scales without a cache, or the first with one.
     """
+    if (first > 0) != (cache is not None):
+      raise ValueError(f"scale {first} and a cache of {cache is not None}")
     shape = self.shape
     tokens, c = self._tokens(labels, inputs, first)
     last = first + len(inputs) + (first == 0)

@@ -94,4 +94,4 @@ def loss(
 ) -> Float[Array, "B"]:
   """Sum over the scales of (s / last s)^2 times their losses."""
   weights = jnp.array(network.shape.pyramid.weights)
-  return scale_losses(network, latents, labels, draws) @ weights
+  return jnp.sum(scale_losses(network, latents, labels, draws) * weights, 1)

@@ -71,14 +71,14 @@ class Pyramid:
   patch_size: int = 1
 
   def __post_init__(self):
-    whole = all(isinstance(side, int) and side > 0 for side in self.scales)
+    whole = all(type(side) is int and side > 0 for side in self.scales)
     doubles = whole and all(
       b == 2 * a for a, b in itertools.pairwise(self.scales)
     )
     if not self.scales or not doubles:
       raise ConfigError(
-        f"model.scales={self.scales} must double from one to the next, such as"
-        " (1, 2, 4, 8)"
+        f"model.scales={self.scales} must be whole numbers that double from one"
+        " to the next, such as (1, 2, 4, 8)"
       )
 
   @property

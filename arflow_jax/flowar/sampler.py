@@ -8,6 +8,7 @@ none.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ from jaxtyping import Array, Float, Int, Key
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import guidance as guidance_lib
 from arflow_jax.flow import solvers
-from arflow_jax.flowar.head import Context, FlowHead
+from arflow_jax.flowar.head import FlowHead
 from arflow_jax.flowar.network import FlowAR
+from arflow_jax.flowar.objective import integer_levels
 
 METHODS = ("ode", "sde")
 
@@ -31,13 +33,17 @@ class Settings:
     method: "ode" (Euler) or "sde" (Euler-Maruyama with the sigma diffusion, to
       0.04 before the data, and a last step without noise).
     grid: noise levels of the ODE: "published" (`published_grid`), "uniform", or
-      the levels themselves, such as "1,0.6,0.3,0".
+      the levels themselves for every scale, such as "1,0.6,0.3,0"; num_steps
+      then counts for nothing.
     num_steps: steps of every scale; the "published" grid makes one fewer of an
       odd number.
     scale_steps: steps of each scale; empty stands for num_steps everywhere.
     guidance: classifier-free guidance scale at the last scale; 1 means none.
     guidance_low: lower end of the times (0 noise, 1 data) at which it applies.
     guidance_high: upper end of those times.
+
+  Raises:
+    ConfigError: an unknown name, or a number out of range.
   """
 
   method: str = "ode"
@@ -57,7 +63,7 @@ class Settings:
       ("num_steps", self.num_steps),
       *(("scale_steps", steps) for steps in self.scale_steps),
     ):
-      if not isinstance(steps, int) or steps < 2:
+      if type(steps) is not int or steps < 2:
         raise ConfigError(
           f"sample.{name}={steps!r} must be a whole number of at least 2"
         )
@@ -76,12 +82,17 @@ class Settings:
     Raises:
       ConfigError: an unknown grid, or levels that do not fall from 1 to 0.
     """
+    if self.grid == "published":
+      levels = published_grid(steps)
+    elif self.grid == "uniform":
+      levels = np.linspace(1, 0, steps + 1)
+    else:
+      levels = self._own_levels()
     if self.method == "sde":
       return np.append(np.linspace(1, 0.04, steps), 0.0)
-    if self.grid == "published":
-      return published_grid(steps)
-    if self.grid == "uniform":
-      return np.linspace(1, 0, steps + 1)
+    return levels
+
+  def _own_levels(self) -> Float[np.ndarray, "K"]:
     try:
       levels = np.array([float(text) for text in self.grid.split(",")])
     except ValueError:
@@ -89,8 +100,16 @@ class Settings:
         f"sample.grid={self.grid!r} is unknown; choose 'published', 'uniform'"
         " or levels such as '1,0.5,0'"
       ) from None
-    if levels[0] != 1 or levels[-1] != 0 or not (np.diff(levels) < 0).all():
-      raise ConfigError(f"sample.grid={self.grid!r} must fall from 1 to 0")
+    falls = (np.diff(levels) < 0).all()
+    if levels[0] != 1 or levels[-1] != 0 or not falls or len(levels) < 3:
+      raise ConfigError(
+        f"sample.grid={self.grid!r} must fall from 1 to 0 in 2 steps or more"
+      )
+    if self.method == "sde" or self.scale_steps:
+      raise ConfigError(
+        f"sample.grid={self.grid!r} leaves no room for sample.scale_steps or"
+        " method 'sde', which make grids of their own; choose 'published'"
+      )
     return levels
 
   def steps_of(self, index: int, scales: int) -> int:
@@ -142,9 +161,7 @@ def draw_scale(
   """
   batch = noise.shape[0]
   # The head counts noise levels in integers: a table, since 1 - t would round.
-  integers = jnp.asarray(np.trunc(np.float32(levels) * np.float32(1000)))
-  context = head.context(z, (side,))
-  first = Context(*jax.tree.map(lambda x: _rows(x, batch), tuple(context)))
+  integers = integer_levels(jnp.asarray(levels, jnp.float32))
 
   def call(x, step, context):
     level = jnp.full((x.shape[0], 1), integers[step])
@@ -159,6 +176,10 @@ def draw_scale(
 
   times = 1 - levels
   velocities = guidance_lib.guide(pair, single, guidance, times[:-1])
+  if all(velocity is single for velocity in velocities):
+    z = z[:batch]
+  context = head.context(z, (side,))
+  first = context.rows(batch)
   times = jnp.asarray(times, jnp.float32)
   if method == "ode":
     return solvers.ode(velocities, noise, jnp.int32(0), times)[0]
@@ -170,11 +191,6 @@ def draw_scale(
     kicks,
     last_step_size=float(levels[-2]),
   )[0]
-
-
-def _rows(x, batch):
-  """The conditional rows of part of a context: layers lead in cross parts."""
-  return x[:batch] if x.ndim == 3 else x[:, :batch]
 
 
 def sample(
@@ -192,34 +208,55 @@ def sample(
     settings: grid, steps and guidance.
   """
   shape = network.shape
-  pyramid = shape.pyramid
+
+  def noise(index, i):
+    def draw(key):
+      key = jax.random.fold_in(jax.random.fold_in(key, index), i)
+      size = (shape.pyramid.lengths[index], shape.features)
+      return jax.random.normal(key, size)
+
+    return jax.vmap(draw)(keys)
+
+  return draw_scales(network, labels, settings, noise)[-1]
+
+
+def draw_scales(
+  network: FlowAR,
+  labels: Int[Array, "B"],
+  settings: Settings,
+  noise: Callable[[int, Int[Array, ""] | int], Float[Array, "B n P"]],
+) -> list[Float[Array, "B _ _ C"]]:
+  """The scale loop: what was drawn at every scale, the whole image last.
+
+  Args:
+    network: with the weights to sample from.
+    labels: classes; `num_classes` samples without a class.
+    settings: grid, steps and guidance.
+    noise: `(scale, i)` to standard normal tokens: those to start from (i = 0)
+      and the draw of step i - 1 (for "sde").
+  """
+  shape = network.shape
+  pyramid, last = shape.pyramid, len(shape.scales) - 1
   rows = labels
   if settings.guidance != 1:
     null = jnp.full_like(labels, shape.num_classes)
     rows = jnp.concatenate([labels, null])
-  x, cache = None, None
-  for index, length in enumerate(pyramid.lengths):
+  drawn, cache = [], None
+  for index, side in enumerate(shape.scales):
     inputs = []
     if index:
-      below = pyramid.next_input(pyramid.image(x), index)
+      below = pyramid.next_input(drawn[-1], index)
       inputs = [jnp.concatenate([below] * (len(rows) // len(labels)))]
     z, cache = network.conditions(rows, inputs, cache, first=index)
-
-    def noise(i, index=index, size=(length, shape.features)):
-      def draw(key):
-        key = jax.random.fold_in(jax.random.fold_in(key, index), i)
-        return jax.random.normal(key, size)
-
-      return jax.vmap(draw)(keys)
-
     x = draw_scale(
       network.head,
-      shape.scales[index],
+      side,
       z,
-      noise(0),
-      lambda i, noise=noise: noise(i + 1),
-      settings.levels(settings.steps_of(index, len(shape.scales))),
-      settings.classifier_free(index / max(len(shape.scales) - 1, 1)),
+      noise(index, 0),
+      lambda i, index=index: noise(index, i + 1),
+      settings.levels(settings.steps_of(index, last + 1)),
+      settings.classifier_free(index / last if last else 1.0),
       settings.method,
     )
-  return pyramid.image(x)
+    drawn.append(pyramid.image(x))
+  return drawn

@@ -172,19 +172,20 @@ def _infer(state_dict, patch_size, num_heads, scales, rope_stretch, dtype):
   sizes = published.sizes(state_dict, ranks)
   classes, width = sizes["class_emb.weight"]
   features = sizes["z_proj.weight"][1]
-  if features % patch_size**2:
+  if patch_size < 1 or features % patch_size**2:
     raise ConfigError(
       f"patch_size={patch_size}: z_proj.weight has {features} inputs, which are"
       " no whole number of channels; give the patch size of these weights"
     )
-  frequencies = state_dict.get("encoder_blocks.0.attn.rope.freqs")
   if num_heads is None:
-    if frequencies is None or not frequencies.shape[0]:
+    name = "encoder_blocks.0.attn.rope.freqs"
+    quarters = np.shape(state_dict.get(name))
+    if len(quarters) != 1 or not quarters[0] or width % (4 * quarters[0]):
       raise ConfigError(
-        "published weights without rotary frequencies do not tell the number of"
-        " heads; give num_heads"
+        f"published weights do not tell the number of heads: {name} has shape"
+        f" {quarters} where a quarter of a head is wanted; give num_heads"
       )
-    num_heads = width // (4 * frequencies.shape[0])
+    num_heads = width // (4 * quarters[0])
   tokens = sizes["encoder_pos_embed_learned"][1]
   scales = scales or _doubling_scales(tokens)
   block, head = "{}_blocks.{{}}.attn.qkv.weight", "flownet.res_blocks.{}"

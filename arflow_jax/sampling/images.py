@@ -53,6 +53,7 @@ class Generator:
     if block_size < 1:
       raise ConfigError(f"sample.block_size={block_size} must be at least 1")
     self._branch, self._params = branch, params
+    self.settings = settings
     self._block_size = block_size
 
     def draw(params, indices, labels):

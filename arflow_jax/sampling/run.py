@@ -35,7 +35,12 @@ class Run:
       ConfigError: an unknown key, or a value out of range.
     """
     sample = self.config.sample.copy_and_resolve_references().unlock()
-    config_lib.update(sample, overrides or {}, "sample")
+    overrides = dict(overrides or {})
+    for key in overrides.keys() & sample.keys():
+      if isinstance(sample[key], str) and isinstance(overrides[key], tuple):
+        # "1,0.5,0" reads as numbers, but this key takes text.
+        overrides[key] = ",".join(map(str, overrides[key]))
+    config_lib.update(sample, overrides, "sample")
     return images.Generator(
       self.branch,
       self.params,

@@ -25,6 +25,10 @@ def learning_rate(optimizer: ConfigDict) -> optax.Schedule:
     ConfigError: an unknown schedule, or a cosine without its end.
   """
   peak, warmup = optimizer.peak_lr, optimizer.warmup_steps
+  if not 0 <= optimizer.final_fraction <= 1:
+    raise ConfigError(
+      f"optimizer.final_fraction={optimizer.final_fraction} must lie in [0, 1]"
+    )
   if optimizer.schedule == "constant":
     after = optax.constant_schedule(peak)
   elif optimizer.schedule == "cosine":

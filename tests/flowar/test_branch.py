@@ -16,6 +16,7 @@ from arflow_jax.flowar import objective
 from arflow_jax.flowar.layers import Dropout
 from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.training import checkpoint, loop, optimizer, state
+from configs.flowar import get_config
 from tests.flowar.helpers import random_params
 from tests.tiny import flags, tiny_config
 
@@ -64,6 +65,52 @@ def test_dropout_and_label_dropout_take_their_share(monkeypatch):
   branch.loss(_params(branch), batch, keys)
   assert abs(float((seen[0] == 10).mean()) - 0.9) < 0.03
   assert set(np.unique(seen[0])) == {3, 10}
+
+
+def test_dropout_acts_at_four_places_of_every_block(monkeypatch):
+  sites = []
+
+  def record(self, x):
+    sites.append(x.shape)
+    return x
+
+  branch = branches.build(tiny_config("flowar"))
+  params = _params(branch)
+  batch = {"images": jnp.ones((4, 1, 8, 8, 1)), "labels": jnp.arange(4)}
+  keys = state.item_keys(0, jnp.int32(0), 4)
+  on = branch.loss(params, batch, keys)
+  off = branches.build(tiny_config("flowar", model__dropout=0.0)).loss(
+    params, batch, keys
+  )
+  assert np.abs(on - off).min() > 1e-4
+  monkeypatch.setattr(Dropout, "__call__", record)
+  jax.eval_shape(branch.loss, params, batch, keys)
+  # One block is traced for each half: attention, its result, gate, result.
+  block = [(4, 2, 85, 85), (4, 85, 16), (4, 85, 42), (4, 85, 16)]
+  assert sites == 2 * block
+
+
+@pytest.mark.parametrize(
+  ("size", "sampling"),
+  [("s", (25, 4.3, 0.1)), ("l", (25, 2.4, 0.1)), ("h", (50, 2.4, 0.3))],
+)
+def test_presets_hold_the_published_recipe(size, sampling):
+  config = get_config("imagenet256-" + size)
+  sample = config.sample
+  found = (sample.num_steps, sample.guidance, sample.guidance_low)
+  assert found == sampling
+  rate = optimizer.learning_rate(config.optimizer)
+  assert config.batch_size == 2048
+  np.testing.assert_allclose(rate(62_500), 4e-4, rtol=1e-4)
+  np.testing.assert_allclose(rate(250_000), 1e-5, rtol=1e-4)
+  assert config.steps == 250_000
+  wanted = ("global_norm", 3.0, 0.02, 0.9, 0.95)
+  group = config.optimizer
+  found = (group.clip, group.clip_threshold, group.weight_decay)
+  assert (*found, group.b1, group.b2) == wanted
+  assert (config.model.dropout, config.model.label_dropout) == (0.1, 0.1)
+  with pytest.raises(ConfigError, match=r"latents.*16 x 16 x 16"):
+    next(pipeline.train_batches(config, 0))
 
 
 def test_levels_are_uniform_one_for_each_scale():

@@ -1,6 +1,7 @@
 """FlowAR's scale loop against golden and reference values, and its promises."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from arflow_jax.analysis import flops
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow.guidance import Guidance
 from arflow_jax.flowar import sampler, weights
+from arflow_jax.flowar.network import FlowAR
+from arflow_jax.flowar.objective import integer_levels
 from configs.flowar import get_config
 from tests.conftest import (
   channels_first,
@@ -41,23 +44,23 @@ GOLDEN = {
 
 
 def _draw(network, labels, noise, settings):
-  """The scale loop with given noise; every scale's condition and sample."""
-  rows = labels
-  if settings.guidance != 1:
-    rows = jnp.concatenate([labels, jnp.full_like(labels, 1000)])
-  pyramid, batch = network.shape.pyramid, len(labels)
-  x, cache, seen = None, None, []
-  for i, s in enumerate(SCALES):
-    inputs = []
-    if i:
-      below = pyramid.next_input(pyramid.image(x), i)
-      inputs = [jnp.concatenate([below] * (len(rows) // batch))]
-    z, cache = jax.jit(functools.partial(network.conditions, first=i))(
-      rows, inputs, cache
-    )
-    x = _scale(network.head, s, z, noise[i][:batch], settings, i)
-    seen.append((z, x))
-  return pyramid.image(x), seen
+  """The scale loop with given noise: each scale's image and condition."""
+  batch, real = len(labels), FlowAR.conditions
+
+  @jax.jit
+  def run():
+    seen = []
+
+    def conditions(*args, **kwargs):
+      z, cache = real(*args, **kwargs)
+      seen.append(z)
+      return z, cache
+
+    with mock.patch.object(FlowAR, "conditions", conditions):
+      given = lambda index, i: noise[index][:batch]
+      return sampler.draw_scales(network, labels, settings, given), seen
+
+  return run()
 
 
 def _scale(head, side, z, noise, settings, index):
@@ -91,9 +94,9 @@ def test_golden_sample(cross):
     jnp.asarray(rs.standard_normal((4, s * s, 16)), jnp.float32) for s in SCALES
   ]
   settings = sampler.Settings(guidance=2.4, guidance_low=0.1)
-  final, _ = _draw(network, jnp.array([3, 7]), noise, settings)
+  drawn, _ = _draw(network, jnp.array([3, 7]), noise, settings)
   first, last, std = GOLDEN[cross]
-  final = channels_first(final)
+  final = channels_first(drawn[-1])
   np.testing.assert_allclose(final[0, 0, 0, :6], first, atol=1e-3)
   np.testing.assert_allclose(final[1, 15, 15, 10:], last, atol=1e-3)
   np.testing.assert_allclose(final.std(), std, atol=2e-4)
@@ -111,20 +114,21 @@ def test_published_samples(path, load_parity):
       guidance_low=round(1 - run["guidance"], 6),
     )
     levels = settings.levels(run["num_steps"])
-    integers = np.trunc(np.float32(levels[:-1]) * np.float32(1000))
+    integers = integer_levels(jnp.asarray(levels[:-1], jnp.float32))
     np.testing.assert_array_equal(integers, run["integer_times"])
     labels = jnp.asarray(z[f"in/{name}/labels"])
     batch = len(labels)
     rows = batch if run["cfg"] == 1 else 2 * batch
     noise = [z[f"in/{name}/noise/{s}"] for s in SCALES]
-    final, seen = _draw(network, labels, noise, settings)
+    drawn, conditions = _draw(network, labels, noise, settings)
     wanted = channels_last(z[f"out/{name}/latents"])
-    assert relative_error(final, wanted) < 5e-4
+    assert relative_error(drawn[-1], wanted) < 5e-4
     for i, s in enumerate(SCALES):
       wanted_z = jnp.asarray(z[f"out/{name}/z/{s}"])[:rows]
       wanted = z[f"out/{name}/sample/{s}"][:batch]
-      assert relative_error(seen[i][0], wanted_z) < 5e-4, (name, s)
-      assert relative_error(seen[i][1], wanted) < 5e-4, (name, s)
+      assert relative_error(conditions[i], wanted_z) < 5e-4, (name, s)
+      tokens = network.shape.pyramid.tokens(drawn[i])
+      assert relative_error(tokens, wanted) < 5e-4, (name, s)
       alone = _scale(network.head, s, wanted_z, noise[i][:batch], settings, i)
       assert relative_error(alone, wanted) < 5e-5, (name, s)
 
@@ -225,10 +229,27 @@ def test_guidance_one_and_no_label_work():
   plain = _images(guidance=1.0)
   almost = _images(guidance=1 + 1e-6)
   np.testing.assert_allclose(plain, almost, atol=1e-3)
-  assert np.abs(plain - _images(guidance=6.0)).max() > 1e-3
+  for scale in (0.0, 0.5, 6.0):
+    assert np.abs(plain - _images(guidance=scale)).max() > 1e-3
   null = jnp.full_like(LABELS, 10)
   free, guided = _images(null, guidance=1.0), _images(null, guidance=6.0)
   np.testing.assert_allclose(free, guided, atol=1e-4)  # nothing to tell apart
+
+
+def test_a_single_scale_is_the_last_one():
+  config = get_config("digits").unlock()
+  config.model.update({"width": 16, "head_depth": 1, "scales": (8,)})
+  config.sample.num_steps = 3
+  branch = branches.build(config)
+  params = random_params(jax.eval_shape(branch.init, jax.random.key(0)))
+
+  def draw(scale):
+    config.sample.guidance = scale
+    settings = branch.settings(config.sample)
+    run = jax.jit(lambda: branch.sample(params, KEYS, LABELS, settings))
+    return run()
+
+  assert np.abs(draw(1.0) - draw(6.0)).max() > 1e-3
 
 
 def test_guidance_rises_over_the_scales():
@@ -252,16 +273,35 @@ def test_no_head_call_is_wasted(cross):
     run = lambda p, k, y: branch.sample(p, k, y, settings)
     return flops.count(run, params, KEYS, LABELS)
 
-  # Doubling the steps in which a scale is guided adds as much each time.
-  base = cost(guidance_low=0.95, guidance_high=0.96)  # no step starts there
-  one = cost(guidance_low=0.5, guidance_high=0.5) - base
-  assert one > 0
-  assert cost(guidance_low=0.5, guidance_high=0.6) - base == 2 * one
-  assert cost(guidance_low=0.1, guidance_high=1.0) - base == 9 * one
+  # Each step in which the scales are guided adds as much as the next one.
+  none = cost(guidance_low=0.95, guidance_high=0.96)  # no step starts there
+  one = cost(guidance_low=0.5, guidance_high=0.5)
+  step = cost(guidance_low=0.5, guidance_high=0.6) - one
+  assert 0 < step < one - none  # the first also needs the null conditions
+  assert cost(guidance_low=0.1, guidance_high=1.0) == one + 8 * step
   # Steps of the first scale cost the same with guidance or without.
   with_first = cost(scale_steps=(20, 10, 10, 10))
   without = cost(scale_steps=(20, 10, 10, 10), guidance=1.0)
   assert with_first - cost() == without - cost(guidance=1.0)
+
+  # Unguided, a scale costs the same whether there are null conditions or not.
+  settings = branch.settings(config.sample)
+
+  def first_scale(rows):
+    z = jax.ShapeDtypeStruct((rows, 4, 96), jnp.float32)
+    noise = jax.ShapeDtypeStruct((2, 4, 1), jnp.float32)
+    draw = lambda params, z, noise: sampler.draw_scale(
+      branch.network(params).head,
+      2,
+      z,
+      noise,
+      lambda i: noise,
+      settings.levels(10),
+      settings.classifier_free(0.0),
+    )
+    return flops.count(draw, params, z, noise)
+
+  assert first_scale(4) == first_scale(2)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +311,12 @@ def test_no_head_call_is_wasted(cross):
     ({"grid": "even"}, "sample.grid='even'"),
     ({"grid": "1,0.5"}, "must fall from 1 to 0"),
     ({"grid": "1,0.2,0.3,0"}, "must fall from 1 to 0"),
+    ({"grid": "1,0"}, "in 2 steps or more"),
+    ({"grid": "even", "method": "sde"}, "sample.grid='even'"),
+    ({"grid": "1,0.5,0", "method": "sde"}, "leaves no room"),
+    ({"grid": "1,0.5,0", "scale_steps": (4, 4, 4, 4)}, "leaves no room"),
     ({"num_steps": 1}, "sample.num_steps=1"),
+    ({"guidance": float("inf")}, "guidance=inf"),
     ({"scale_steps": (4, 4, 1, 4)}, "sample.scale_steps=1"),
     ({"scale_steps": (4, 4, "a", 4)}, "sample.scale_steps='a'"),
     ({"scale_steps": (4, 4)}, r"sample.scale_steps=\(4, 4\) must name 4"),

@@ -65,8 +65,13 @@ def test_our_parameters_come_back_exactly(cross):
     weights.from_published(bare, patch_size=2)
   _, found = weights.from_published(bare, patch_size=2, num_heads=4)
   assert found == shape
-  with pytest.raises(ConfigError, match="patch_size=5"):
-    weights.from_published(state_dict, patch_size=5)
+  for patch_size in (5, 0, -2):
+    with pytest.raises(ConfigError, match=f"patch_size={patch_size}:"):
+      weights.from_published(state_dict, patch_size=patch_size)
+  name = "encoder_blocks.0.attn.rope.freqs"
+  for frequencies in (np.zeros(()), np.zeros(9)):
+    with pytest.raises(ConfigError, match=f"{name} has shape"):
+      weights.from_published(state_dict | {name: frequencies}, patch_size=2)
 
 
 def test_every_fault_is_named():

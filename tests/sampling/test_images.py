@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from arflow_jax import branches
+from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.metrics import report
 from arflow_jax.sampling import images, run
+from tests.tiny import tiny_config
 
 # Made once by this repository, so that old checkpoints stay readable:
 #   python -m arflow_jax.train --config=configs/arflow.py:digits
@@ -147,3 +150,15 @@ def test_one_program_serves_every_block(tiny, monkeypatch):
   list(generator.blocks(np.arange(20) % 10))
   list(generator.blocks(np.array([3]), start=5))
   assert len(traced) == 1
+
+
+def test_text_settings_take_numbers_with_commas():
+  config = tiny_config("flowar")
+  restored = run.Run(
+    config_lib.loads(config_lib.dumps(config)), branches.build(config), {}, 0
+  )
+  overrides = run.parse_overrides(["grid=1,0.6,0.3,0"])
+  generator = restored.generator(overrides)
+  assert generator.settings.grid == "1,0.6,0.3,0"
+  overrides = run.parse_overrides(["scale_steps=(4,4,6,6)"])
+  assert restored.generator(overrides).settings.scale_steps == (4, 4, 6, 6)

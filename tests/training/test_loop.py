@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from arflow_jax import branches
+from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.sampling import run
@@ -232,3 +233,12 @@ def test_without_tensorflow_the_run_says_so_once_and_logs(tmp_path):
   records = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert json.loads(records[1])["loss"] == 0.25
   assert not list(pathlib.Path(tmp_path).glob("events.*"))
+
+
+def test_a_shared_key_younger_than_the_run_had_its_default(straight):
+  stored = checkpoint.read_config(str(straight)).unlock()
+  del stored.optimizer["final_fraction"]
+  config_lib.check_relaunch(stored, tiny_config(), "run")
+  changed = tiny_config(optimizer__final_fraction=0.5)
+  with pytest.raises(ConfigError, match=r"stored 0\.01, now 0\.5"):
+    config_lib.check_relaunch(stored, changed, "run")

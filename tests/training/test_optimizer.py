@@ -79,6 +79,10 @@ def test_schedules():
   np.testing.assert_allclose(cosine(60), 0.505, rtol=1e-3)
   np.testing.assert_allclose(cosine(110), 0.01, rtol=1e-5)
   np.testing.assert_allclose(cosine(10_000), 0.01, rtol=1e-5)
+  ends = _config(
+    peak_lr=2.0, schedule="cosine", decay_steps=10, final_fraction=0.25
+  )
+  np.testing.assert_allclose(learning_rate(ends)(10), 0.5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +91,7 @@ def test_schedules():
     ({"schedule": "linear"}, "optimizer.schedule='linear'"),
     ({"clip": "norm"}, "optimizer.clip='norm'"),
     ({"peak_lr": 0.0}, "optimizer.peak_lr=0.0"),
+    ({"final_fraction": 7.0}, "optimizer.final_fraction=7.0"),
     ({"schedule": "cosine", "decay_steps": 0}, "optimizer.decay_steps=0"),
   ],
 )
