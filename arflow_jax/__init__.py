@@ -1,4 +1,4 @@
-"""Autoregressive flow image models in JAX: ARFlow and its flow-matching core.
+"""Autoregressive flow image models in JAX: ARFlow, FlowAR, one flow core.
 
 Importing this package imports nothing else; take what you need from the
 sub-packages: `arflow_jax.arflow`, `arflow_jax.flow`, `arflow_jax.kernels`, ...

@@ -136,6 +136,12 @@ def update(group: ConfigDict, overrides: dict[str, Any], name: str) -> None:
       raise ConfigError(f"{name}.{key}={value!r}: {error}") from None
 
 
+def probability(name: str, value: float) -> None:
+  """Raises ConfigError unless `value` lies in [0, 1)."""
+  if not 0 <= value < 1:
+    raise ConfigError(f"{name}={value} must lie in [0, 1)")
+
+
 def positive(config: ConfigDict, *keys: str) -> None:
   """Raises ConfigError unless each dotted key holds a number above zero."""
   flat = flatten(config.to_dict())

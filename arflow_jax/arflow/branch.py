@@ -4,6 +4,7 @@ import jax
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
+from arflow_jax import config as config_lib
 from arflow_jax.arflow import sampler, trajectory
 from arflow_jax.arflow.network import ARFlow, Shape
 from arflow_jax.errors import ConfigError
@@ -17,10 +18,7 @@ class ARFlowBranch:
   def __init__(self, config: ConfigDict):
     model = config.model.to_dict()
     self.label_dropout = model.pop("label_dropout")
-    if not 0 <= self.label_dropout < 1:
-      raise ConfigError(
-        f"model.label_dropout={self.label_dropout} must lie in [0, 1)"
-      )
+    config_lib.probability("model.label_dropout", self.label_dropout)
     self.shape = shape = Shape(**model)
     self.num_classes = shape.num_classes
     self.image_shape = (shape.image_size, shape.image_size, shape.channels)

@@ -74,15 +74,8 @@ class Shape:
         f"model.width={self.width} must be a multiple of 4 and of"
         f" model.num_heads={self.num_heads}"
       )
-    if self.dtype not in ("float32", "bfloat16"):
-      raise ConfigError(
-        f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'"
-      )
-    if self.remat not in remat.POLICIES:
-      raise ConfigError(
-        f"model.remat={self.remat!r} is unknown; choose from"
-        f" {sorted(remat.POLICIES)}"
-      )
+    layers.check_dtype(self.dtype)
+    remat.check(self.remat)
 
   @property
   def side(self) -> int:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from arflow_jax.arflow.network import ARFlow, Shape
 from arflow_jax.errors import ConfigError
 from arflow_jax.nn import patches, published
+from arflow_jax.nn.functional import Blueprint
 
 
 def _rows(shape: Shape) -> list[published.Row]:
@@ -67,15 +68,12 @@ def from_published(
       table of another network, or an image size that is not known.
   """
   shape = _infer(state_dict, image_size, dtype)
-  graphdef, abstract = nnx.split(
-    nnx.eval_shape(lambda: ARFlow(shape, rngs=nnx.Rngs(0))), nnx.Param
-  )
+  blueprint = Blueprint(lambda rngs: ARFlow(shape, rngs=rngs))
+  abstract = jax.eval_shape(blueprint.init, jax.random.key(0))
   buffers = {}
   if "pos_embed" in state_dict:
     buffers["pos_embed"] = (1, shape.side**2, shape.width)
-  params = published.restore(
-    state_dict, _rows(shape), nnx.to_pure_dict(abstract), buffers
-  )
+  params = published.restore(state_dict, _rows(shape), abstract, buffers)
   if buffers:
     table = patches.sincos_table(shape.side, shape.width)
     error = np.abs(np.asarray(state_dict["pos_embed"])[0] - table).max()
@@ -84,7 +82,7 @@ def from_published(
         f"pos_embed differs by {error:.3g} from the sine-cosine table that"
         " these networks are built with: not an ARFlow of this layout"
       )
-  return nnx.merge(graphdef, nnx.State(params)), shape
+  return blueprint(params), shape
 
 
 def to_published(network: ARFlow) -> dict[str, Float[np.ndarray, "..."]]:

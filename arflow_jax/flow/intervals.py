@@ -28,8 +28,7 @@ def training(
   Raises:
     ConfigError: an unknown prediction, or a cut-off outside [0, 0.5).
   """
-  default = _default(prediction)
-  default = 1e-5 if path.name == "vp" else default
+  default = _default(path, prediction, 1e-5)
   return _interval(path, default if eps is None else eps)
 
 
@@ -66,8 +65,7 @@ def sampling(
     raise ConfigError(f"last_step_size={last_step_size} must lie in [0, 1)")
   if reverse and diffusion:
     raise ConfigError("an SDE has no reverse; leave out reverse or diffusion")
-  default = _default(prediction)
-  default = _SINGULAR if path.name == "vp" else default
+  default = _default(path, prediction, _SINGULAR)
   low, high = _interval(path, default if eps is None else eps)
   if diffusion == "sbdm" and path.name != "vp":
     low = max(low, _SINGULAR)
@@ -75,11 +73,13 @@ def sampling(
   return (1 - low, 1 - high) if reverse else (low, high)
 
 
-def _default(prediction: str) -> float:
+def _default(path: Path, prediction: str, on_vp: float) -> float:
   if prediction not in PREDICTIONS:
     raise ConfigError(
       f"prediction={prediction!r} is unknown; choose from {PREDICTIONS}"
     )
+  if path.name == "vp":
+    return on_vp
   return 0.0 if prediction == "velocity" else _SINGULAR
 
 

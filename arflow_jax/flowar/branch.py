@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
+from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.flowar import objective, sampler
 from arflow_jax.flowar.network import FlowAR, Shape
@@ -17,10 +18,7 @@ class FlowARBranch:
   def __init__(self, config: ConfigDict):
     model = config.model.to_dict()
     self.label_dropout = model.pop("label_dropout")
-    if not 0 <= self.label_dropout < 1:
-      raise ConfigError(
-        f"model.label_dropout={self.label_dropout} must lie in [0, 1)"
-      )
+    config_lib.probability("model.label_dropout", self.label_dropout)
     if config.data.sequence_length != 1:
       raise ConfigError(
         f"data.sequence_length={config.data.sequence_length}: FlowAR learns"

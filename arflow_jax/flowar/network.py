@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
+from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.flowar import pyramid
 from arflow_jax.flowar.head import FlowHead
@@ -98,17 +99,9 @@ class Shape:
         f"model.head_width={self.head_width} must be a multiple of 64, the size"
         " of an attention head there"
       )
-    if not 0 <= self.dropout < 1:
-      raise ConfigError(f"model.dropout={self.dropout} must lie in [0, 1)")
-    if self.dtype not in ("float32", "bfloat16"):
-      raise ConfigError(
-        f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'"
-      )
-    if self.remat not in remat.POLICIES:
-      raise ConfigError(
-        f"model.remat={self.remat!r} is unknown; choose from"
-        f" {sorted(remat.POLICIES)}"
-      )
+    config_lib.probability("model.dropout", self.dropout)
+    layers.check_dtype(self.dtype)
+    remat.check(self.remat)
 
   @property
   def pyramid(self) -> pyramid.Pyramid:
@@ -234,7 +227,8 @@ class FlowAR(nnx.Module):
       ValueError: later scales without a cache, or the first with one.
     """
     if (first > 0) != (cache is not None):
-      raise ValueError(f"scale {first} and a cache of {cache is not None}")
+      wanted = "the cache of the scales before" if first else "no cache"
+      raise ValueError(f"first={first} needs {wanted}")
     shape = self.shape
     tokens, c = self._tokens(labels, inputs, first)
     last = first + len(inputs) + (first == 0)
@@ -248,22 +242,20 @@ class FlowAR(nnx.Module):
       shape.rope_stretch,
     )
     common = (c, table, None if visible.all() else visible)
-    depth = shape.encoder_depth + shape.decoder_depth
+    encoder_keys = decoder_keys = None
     if keys is not None:
+      depth = shape.encoder_depth + shape.decoder_depth
       keys = jax.vmap(lambda key: jax.random.split(key, depth))(keys).T
-    halves = (
-      [None, None]
-      if keys is None
-      else (keys[: shape.encoder_depth], keys[shape.encoder_depth :])
-    )
+      encoder_keys = keys[: shape.encoder_depth]
+      decoder_keys = keys[shape.encoder_depth :]
     h = tokens + self.encoder_positions[begin:end]
     h = self.token_norm(h)
     seen = cache or (None, None)
-    h, encoded = self._blocks(self.encoder, h, common, seen[0], halves[0])
+    h, encoded = self._blocks(self.encoder, h, common, seen[0], encoder_keys)
     h = self.encoder_norm(h).astype(shape.dtype)
     h = self.decoder_proj(h).astype(jnp.float32)
     h = h + self.decoder_positions[begin:end]
-    h, decoded = self._blocks(self.decoder, h, common, seen[1], halves[1])
+    h, decoded = self._blocks(self.decoder, h, common, seen[1], decoder_keys)
     z = self.decoder_norm(h) + self.condition_positions[begin:end]
     return z, (encoded, decoded)
 

@@ -72,9 +72,9 @@ class Settings:
 
   def classifier_free(self, share: float) -> guidance_lib.Guidance:
     """The guidance of a scale; `share` rises from 0 at the first scale to 1."""
-    low, high = self.guidance_low, self.guidance_high
-    full = guidance_lib.Guidance(self.guidance, (low, high))
-    return dataclasses.replace(full, scale=1 + (self.guidance - 1) * share)
+    return guidance_lib.Guidance(
+      1 + (self.guidance - 1) * share, (self.guidance_low, self.guidance_high)
+    )
 
   def levels(self, steps: int) -> Float[np.ndarray, "K"]:
     """Noise levels tau from 1 down to 0, float64, of a scale of so many steps.

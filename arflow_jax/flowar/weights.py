@@ -16,6 +16,7 @@ from jaxtyping import Float
 from arflow_jax.errors import ConfigError
 from arflow_jax.flowar.network import FlowAR, Shape
 from arflow_jax.nn import published
+from arflow_jax.nn.functional import Blueprint
 
 _LEADING_ONE = published.Layout(lambda a: a[None], lambda a: a[0])
 
@@ -140,18 +141,15 @@ def from_published(
       cannot be told.
   """
   shape = _infer(state_dict, patch_size, num_heads, scales, rope_stretch, dtype)
-  graphdef, abstract = nnx.split(
-    nnx.eval_shape(lambda: FlowAR(shape, rngs=nnx.Rngs(0))), nnx.Param
-  )
+  blueprint = Blueprint(lambda rngs: FlowAR(shape, rngs=rngs))
+  abstract = jax.eval_shape(blueprint.init, jax.random.key(0))
   buffers = {
     name: value.shape
     for name, value in _buffers(shape).items()
     if name in state_dict
   }
-  params = published.restore(
-    state_dict, _rows(shape), nnx.to_pure_dict(abstract), buffers
-  )
-  return nnx.merge(graphdef, nnx.State(params)), shape
+  params = published.restore(state_dict, _rows(shape), abstract, buffers)
+  return blueprint(params), shape
 
 
 def to_published(network: FlowAR) -> dict[str, Float[np.ndarray, "..."]]:

@@ -13,11 +13,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from arflow_jax.errors import ConfigError
+
 Initializer = nnx.initializers.Initializer
 
 xavier = nnx.initializers.xavier_uniform()
 zeros = nnx.initializers.zeros_init()
 normal = nnx.initializers.normal(0.02)
+
+
+def check_dtype(name: str) -> None:
+  """Raises ConfigError unless matrix products can be made in type `name`."""
+  if name not in ("float32", "bfloat16"):
+    raise ConfigError(f"model.dtype={name!r} must be 'float32' or 'bfloat16'")
 
 
 def linear(

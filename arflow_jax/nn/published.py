@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from arflow_jax.config import flatten
 from arflow_jax.errors import ConfigError
 
 Params = dict[str, Any]
@@ -92,7 +93,7 @@ def export(params: Params, rows: list[Row]) -> dict[str, Any]:
   Raises:
     KeyError: parameters that no row names.
   """
-  flat = _flatten(params)
+  flat = flatten(params)
   named: dict[str, Any] = {}
   for row in rows:
     array = flat.pop(row.ours)
@@ -126,7 +127,7 @@ def restore(
   wanted = jax.eval_shape(lambda p: export(p, rows), abstract)
   shapes = {name: a.shape for name, a in wanted.items()} | dict(buffers)
   check_names(state_dict, shapes)
-  flat = _flatten(abstract)
+  flat = flatten(abstract)
   params: Params = {}
   for row in rows:
     stacked = "{}" in row.theirs
@@ -168,13 +169,3 @@ def check_names(
 def _some(names: list[str], limit: int = 20) -> str:
   rest = len(names) - limit
   return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flatten(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = value
-  return flat

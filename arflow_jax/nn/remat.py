@@ -4,6 +4,8 @@ import functools
 
 import jax
 
+from arflow_jax.errors import ConfigError
+
 POLICIES = {
   # Nothing: every intermediate stays in memory.
   "none": lambda f: f,
@@ -15,3 +17,11 @@ POLICIES = {
   # Each block from its input.
   "full": jax.checkpoint,
 }
+
+
+def check(name: str) -> None:
+  """Raises ConfigError unless `name` is one of `POLICIES`."""
+  if name not in POLICIES:
+    raise ConfigError(
+      f"model.remat={name!r} is unknown; choose from {sorted(POLICIES)}"
+    )

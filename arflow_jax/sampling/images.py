@@ -39,6 +39,9 @@ class Generator:
     settings: what `branch.settings` returned.
     block_size: images per compiled call.
     seed: of the noise.
+
+  Attributes:
+    settings: the same.
   """
 
   def __init__(

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
+from arflow_jax import config as config_lib
 from arflow_jax.branches import Branch
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
@@ -103,8 +104,7 @@ def make_train_step(
       f" batch_size={config.batch_size}"
     )
   decay = config.ema.decay
-  if not 0 <= decay < 1:
-    raise ConfigError(f"ema.decay={decay} must lie in [0, 1)")
+  config_lib.probability("ema.decay", decay)
 
   def loss_and_grads(params, batch, keys):
     mean = lambda params: jnp.mean(branch.loss(params, batch, keys))

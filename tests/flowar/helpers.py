@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from arflow_jax.flowar import weights
 from arflow_jax.flowar.head import FlowHead
 from arflow_jax.flowar.network import FlowAR, Shape
 from arflow_jax.nn import published
+from arflow_jax.nn.functional import Blueprint
 
 SCALES = (1, 2, 4, 8, 16)
 
@@ -20,10 +20,10 @@ def golden_shape(cross: bool) -> Shape:
 def golden_network(rs: np.random.RandomState, cross: bool) -> FlowAR:
   """The parameter fill of the golden values, in ascending ASCII order."""
   shape = golden_shape(cross)
-  network = nnx.eval_shape(lambda: FlowAR(shape, rngs=nnx.Rngs(0)))
-  params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+  blueprint = Blueprint(lambda rngs: FlowAR(shape, rngs=rngs))
   shapes = jax.eval_shape(
-    lambda p: published.export(p, weights._rows(shape)), params
+    lambda key: published.export(blueprint.init(key), weights._rows(shape)),
+    jax.random.key(0),
   )
   filled = {}
   for name in sorted(shapes):
@@ -53,11 +53,9 @@ def random_params(abstract, scale=0.15):
 
 def random_network(shape: Shape) -> FlowAR:
   """A network with random values everywhere."""
-  graphdef, abstract = nnx.split(
-    nnx.eval_shape(lambda: FlowAR(shape, rngs=nnx.Rngs(0))), nnx.Param
-  )
-  params = random_params(nnx.to_pure_dict(abstract))
-  return nnx.merge(graphdef, nnx.State(params))
+  blueprint = Blueprint(lambda rngs: FlowAR(shape, rngs=rngs))
+  abstract = jax.eval_shape(blueprint.init, jax.random.key(0))
+  return blueprint(random_params(abstract))
 
 
 def head_of(z, network: dict) -> FlowHead:
@@ -69,26 +67,19 @@ def head_of(z, network: dict) -> FlowHead:
     for name in z.names
     if name.startswith(prefix) and not name.endswith("freqs")
   }
-  graphdef, abstract = nnx.split(
-    nnx.eval_shape(
-      lambda: FlowHead(
-        network["in_channels"],
-        network["z_channels"],
-        network["model_channels"],
-        network["num_res_blocks"],
-        cross,
-        stretch=16.0,
-        remat_policy="none",
-        dtype=jnp.float32,
-        rngs=nnx.Rngs(0),
-      )
-    ),
-    nnx.Param,
+  blueprint = Blueprint(
+    lambda rngs: FlowHead(
+      network["in_channels"],
+      network["z_channels"],
+      network["model_channels"],
+      network["num_res_blocks"],
+      cross,
+      stretch=16.0,
+      remat_policy="none",
+      dtype=jnp.float32,
+      rngs=rngs,
+    )
   )
-  params = published.restore(
-    state_dict,
-    weights.head_rows("", "", cross),
-    nnx.to_pure_dict(abstract),
-    {},
-  )
-  return nnx.merge(graphdef, nnx.State(params))
+  abstract = jax.eval_shape(blueprint.init, jax.random.key(0))
+  rows = weights.head_rows("", "", cross)
+  return blueprint(published.restore(state_dict, rows, abstract, {}))

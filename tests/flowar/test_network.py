@@ -219,6 +219,15 @@ def test_scales_one_by_one_equal_the_masked_pass(cuts):
   )
 
 
+def test_a_cache_that_does_not_fit_is_refused():
+  network, labels = random_network(TINY), jnp.array([3])
+  with pytest.raises(ValueError, match="first=1 needs the cache"):
+    network.conditions(labels, [jnp.zeros((1, 2, 2, 3))], first=1)
+  _, cache = network.conditions(labels, [])
+  with pytest.raises(ValueError, match="first=0 needs no cache"):
+    network.conditions(labels, [], cache)
+
+
 def test_later_scales_never_reach_earlier_ones():
   network = random_network(TINY)
   labels = jnp.array([3])
