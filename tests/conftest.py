@@ -16,6 +16,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
+# A test compiles for TPUs through libtpu; where that is installed, JAX would
+# otherwise look for one. JAX_PLATFORMS=cuda runs the tests on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import jax
 import jax.numpy as jnp
 import numpy as np

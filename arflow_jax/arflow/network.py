@@ -59,11 +59,6 @@ class Shape:
         raise ConfigError(
           f"model.{name}={getattr(self, name)} must be positive"
         )
-    known = (None, *hybrid_attention.IMPLEMENTATIONS)
-    if self.attention not in known:
-      raise ConfigError(
-        f"model.attention={self.attention!r} is unknown; choose from {known}"
-      )
     if self.image_size % self.patch_size:
       raise ConfigError(
         f"model.patch_size={self.patch_size} does not divide the image size"
@@ -76,6 +71,19 @@ class Shape:
       )
     layers.check_dtype(self.dtype)
     remat.check(self.remat)
+    if self.attention is not None:
+      reason = hybrid_attention.misfit(
+        self.attention,
+        tokens=self.side**2,
+        heads=self.num_heads,
+        head=self.width // self.num_heads,
+        dtype=self.dtype,
+      )
+      if reason:
+        raise ConfigError(
+          f"model.attention={self.attention!r}: {reason}; leave it out for the"
+          " best that can serve"
+        )
 
   @property
   def side(self) -> int:
@@ -132,11 +140,10 @@ class HybridAttention(nnx.Module):
       log_gate.reshape(batch, images * tokens, -1),
       state,
       num_chunks=images,
+      output_gate=self.gate_proj(u).reshape(batch, images * tokens, width),
       implementation=self.shape.attention,
     )
-    heads = (batch, images, tokens, self.shape.num_heads, -1)
-    out = layers.rms_norm(out.reshape(heads)).reshape(u.shape)
-    return self.out_proj(out * jax.nn.silu(self.gate_proj(u))), state
+    return self.out_proj(out.reshape(u.shape)), state
 
 
 class Block(nnx.Module):

@@ -65,6 +65,7 @@ def train(config: ConfigDict, workdir: str) -> int:
   images = config.batch_size * config.data.sequence_length
   metrics = _Metrics(start, workdir)
   with (
+    jax.set_mesh(mesh),  # kernels split themselves over it
     _StopSignals() as stop,  # until the last checkpoint is on disk
     contextlib.closing(saver),
     telemetry.Telemetry(workdir, start, config.steps, images) as log,

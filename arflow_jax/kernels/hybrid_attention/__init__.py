@@ -6,6 +6,7 @@ The public operator is `hybrid_attention`; one file per implementation.
 from arflow_jax.kernels.hybrid_attention.api import (
   IMPLEMENTATIONS,
   hybrid_attention,
+  misfit,
 )
 
-__all__ = ["IMPLEMENTATIONS", "hybrid_attention"]
+__all__ = ["IMPLEMENTATIONS", "hybrid_attention", "misfit"]

@@ -4,15 +4,30 @@ ARFlow (arXiv 2501.16085), section 3.3: tokens attend with softmax inside their
 own image and read earlier images through a gated `D x D` state per head.
 """
 
+import functools
+import math
+import warnings
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
-from arflow_jax.kernels.hybrid_attention import reference, xla
+from arflow_jax.errors import ConfigError
+from arflow_jax.kernels.hybrid_attention import pallas_tpu, reference, xla
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable] = {
   "reference": reference.hybrid_attention,
   "xla": xla.hybrid_attention,
+  "xla_cudnn": functools.partial(xla.hybrid_attention, cudnn=True),
+  "pallas_tpu": pallas_tpu.hybrid_attention,
+  "pallas_tpu_interpret": functools.partial(
+    pallas_tpu.hybrid_attention, interpret=True
+  ),
 }
+# The mesh axis that splits heads; every other axis splits the batch.
+HEADS_AXIS = "tensor"
 
 
 def hybrid_attention(
@@ -23,6 +38,7 @@ def hybrid_attention(
   state: Float[Array, "B H D D"] | None = None,
   *,
   num_chunks: int,
+  output_gate: Float[Array, "B T HD"] | None = None,
   implementation: str | None = None,
 ) -> tuple[Float[Array, "B T HD"], Float[Array, "B H D D"]]:
   """Softmax attention inside each chunk plus a gated read of earlier chunks.
@@ -36,6 +52,10 @@ def hybrid_attention(
   where `g = log_gate`, the cumulative sum is inclusive and runs over the tokens
   of the image, and `M_0` is `state`.
 
+  Under an ambient mesh (`jax.set_mesh`) every device computes its own shard:
+  heads over the mesh axis `tensor`, if there is one, the batch over all others.
+  Axes that do not divide are left to XLA, which kernels cannot be.
+
   Args:
     q: queries, heads packed: feature `h * D + d` belongs to head h.
     k: keys, packed likewise, not yet scaled.
@@ -44,15 +64,21 @@ def hybrid_attention(
       of heads H is taken from it.
     state: float32 memory left by earlier chunks; None stands for zeros.
     num_chunks: S, the number of images that the T tokens hold.
+    output_gate: if given, the output is `rms_norm(out) * silu(output_gate)`,
+      the norm over the features of each head with eps 1e-6 and no gain.
     implementation: `reference` (plain float32, slow), `xla` (fast on every
-      platform), or None for the best one known. A name never falls back.
+      platform), `xla_cudnn` (the same with cuDNN's attention inside images),
+      `pallas_tpu`, `pallas_tpu_interpret` (the same on any machine, very slow),
+      or None for the best one known. A name never falls back.
 
   Returns:
     The output in the type of `v`, packed like the inputs, and the float32
     memory after the last chunk.
 
   Raises:
-    ValueError: shapes that do not fit together, or an unknown implementation.
+    ValueError: shapes that do not fit together.
+    ConfigError: an unknown implementation, or one that cannot serve this size,
+      this platform or this mesh.
   """
   batch, length, width = q.shape
   heads = log_gate.shape[-1]
@@ -69,6 +95,8 @@ def hybrid_attention(
   shapes = {"k": k.shape, "v": v.shape, "log_gate": log_gate.shape[:2]}
   wanted = {"k": q.shape, "v": q.shape, "log_gate": q.shape[:2]}
   head = width // heads
+  if output_gate is not None:
+    shapes["output_gate"], wanted["output_gate"] = output_gate.shape, q.shape
   if state is not None:
     shapes["state"], wanted["state"] = state.shape, (batch, heads, head, head)
   for name, shape in shapes.items():
@@ -76,10 +104,117 @@ def hybrid_attention(
       raise ValueError(
         f"{name} has shape {shape}, expected {wanted[name]} for q of {q.shape}"
       )
-  name = implementation or "xla"
-  if name not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"implementation={name!r} is unknown; choose from"
-      f" {sorted(IMPLEMENTATIONS)}"
+  name = implementation
+  if name is None:
+    name = "pallas_tpu" if _platform() == "tpu" else "xla"
+  reason = misfit(
+    name,
+    tokens=length // num_chunks,
+    heads=heads,
+    head=head,
+    dtype=q.dtype,
+    batch=batch,
+  )
+  if reason and implementation:
+    raise ConfigError(f"implementation={name!r}: {reason}")
+  if reason:
+    warnings.warn(
+      f"hybrid attention takes the XLA form, not {name}: {reason}", stacklevel=2
     )
-  return IMPLEMENTATIONS[name](q, k, v, log_gate, state, num_chunks=num_chunks)
+    name = "xla"
+  run = functools.partial(IMPLEMENTATIONS[name], num_chunks=num_chunks)
+  batch_axes, heads_axes, sizes = _mesh_axes()
+  if batch % math.prod(sizes[axis] for axis in batch_axes):
+    batch_axes = ()
+  if heads % math.prod(sizes[axis] for axis in heads_axes):
+    heads_axes = ()
+  if batch_axes or heads_axes:
+    tokens = PartitionSpec(batch_axes, None, heads_axes)
+    memory = PartitionSpec(batch_axes, heads_axes)
+    run = jax.shard_map(
+      run,
+      in_specs=(
+        *[tokens] * 4,
+        None if state is None else memory,
+        None if output_gate is None else tokens,
+      ),
+      out_specs=(tokens, memory),
+      axis_names={*batch_axes, *heads_axes},
+      check_vma=False,
+    )
+  return run(q, k, v, log_gate, state, output_gate)
+
+
+def misfit(
+  implementation: str,
+  *,
+  tokens: int,
+  heads: int,
+  head: int,
+  dtype: jax.typing.DTypeLike,
+  batch: int | None = None,
+) -> str | None:
+  """Why an implementation cannot serve here, or None where it can.
+
+  Args:
+    implementation: its name.
+    tokens: N, tokens of an image.
+    heads: H, over all devices.
+    head: D, head size.
+    dtype: of q, k and v.
+    batch: B, over all devices; None leaves platform and mesh out of question.
+  """
+  if implementation not in IMPLEMENTATIONS:
+    return f"unknown; choose from {sorted(IMPLEMENTATIONS)}"
+  dtype = jnp.dtype(dtype)
+  if implementation == "xla_cudnn":
+    if batch and _platform() not in ("gpu", "cuda"):
+      return f"it needs an NVIDIA GPU, this is a {_platform()}"
+    if dtype != jnp.bfloat16 or head % 8 or head > 128:
+      return (
+        f"cuDNN takes bfloat16 and head sizes that are multiples of 8 up to"
+        f" 128, not {dtype} and {head}"
+      )
+  if not implementation.startswith("pallas"):
+    return None
+  plan = functools.partial(
+    pallas_tpu.Plan, images=1, tokens=tokens, head=head, dtype=dtype
+  )
+  if batch is None:
+    return plan(batch=1, heads=heads).misfit()
+  if implementation == "pallas_tpu" and _platform() != "tpu":
+    return f"it needs a TPU, this is a {_platform()}"
+  batch_axes, heads_axes, sizes = _mesh_axes()
+  across = math.prod(sizes[axis] for axis in batch_axes)
+  if batch % across:
+    return (
+      f"the batch of {batch} does not divide over the {across} devices of the"
+      f" mesh axes {batch_axes}"
+    )
+  tensor = math.prod(sizes[axis] for axis in heads_axes)
+  whole = plan(batch=1, heads=heads)
+  if whole.groups % tensor:
+    return (
+      f"mesh axis {HEADS_AXIS}={tensor} does not divide the {whole.groups}"
+      f" groups of {whole.per_group} heads"
+    )
+  return plan(batch=1, heads=heads // tensor).misfit()
+
+
+def _platform() -> str:
+  """Where the program will run: the ambient mesh knows, or else JAX."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
+
+
+def _mesh_axes() -> tuple[tuple[str, ...], tuple[str, ...], dict[str, int]]:
+  """Axes of the ambient mesh that split batch and heads, and all sizes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  free = [
+    name
+    for name, kind in zip(mesh.axis_names, mesh.axis_types)
+    if kind != AxisType.Manual and mesh.shape[name] > 1
+  ]
+  batch = tuple(name for name in free if name != HEADS_AXIS)
+  heads = tuple(name for name in free if name == HEADS_AXIS)
+  return batch, heads, dict(mesh.shape)

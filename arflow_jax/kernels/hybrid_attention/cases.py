@@ -12,11 +12,27 @@ class Case(NamedTuple):
   heads: int
   head: int
 
+  @property
+  def name(self) -> str:
+    return "B{}-S{}-N{}-H{}-D{}".format(*self)
+
 
 SMALL = (
   Case(batch=2, images=5, tokens=16, heads=2, head=32),
   Case(batch=1, images=3, tokens=64, heads=1, head=64),
+  Case(batch=1, images=2, tokens=48, heads=4, head=64),  # two lane groups
+  Case(batch=1, images=2, tokens=144, heads=2, head=128),  # two query tiles
+  Case(batch=1, images=8, tokens=16, heads=6, head=16),
+  Case(batch=2, images=1, tokens=32, heads=4, head=32),
   Case(batch=2, images=4, tokens=4, heads=3, head=16),
   Case(batch=1, images=1, tokens=9, heads=2, head=8),
   Case(batch=1, images=11, tokens=4, heads=1, head=8),  # longer than unrolled
 )
+
+# Heads of 64 of the published networks; XL with patches of 4 or 8 has 16 of 72.
+PUBLISHED_HEADS = {"S": 6, "B": 12, "L": 16, "XL": 18}
+
+
+def published(size: str, tokens: int, images: int, batch: int) -> Case:
+  """The attention of a published network: 256 tokens at 256 px, 64 at 128."""
+  return Case(batch, images, tokens, PUBLISHED_HEADS[size], 64)

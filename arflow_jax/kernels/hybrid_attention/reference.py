@@ -14,6 +14,7 @@ def hybrid_attention(
   v: Float[Array, "B T HD"],
   log_gate: Float[Array, "B T H"],
   state: Float[Array, "B H D D"] | None = None,
+  output_gate: Float[Array, "B T HD"] | None = None,
   *,
   num_chunks: int,
 ) -> tuple[Float[Array, "B T HD"], Float[Array, "B H D D"]]:
@@ -39,4 +40,8 @@ def hybrid_attention(
       state = decay * state + k_s.mT @ v_s
       outs.append(inner + cross)
   out = jnp.stack(outs, 1).transpose(0, 1, 3, 2, 4).reshape(q.shape)
+  if output_gate is not None:
+    out = out.reshape(batch, length, heads, head)
+    out /= jnp.sqrt(jnp.mean(out**2, -1, keepdims=True) + 1e-6)
+    out = out.reshape(q.shape) * jax.nn.silu(output_gate.astype(jnp.float32))
   return out.astype(v.dtype), state

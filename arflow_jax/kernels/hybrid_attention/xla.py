@@ -18,10 +18,17 @@ def hybrid_attention(
   v: Float[Array, "B T HD"],
   log_gate: Float[Array, "B T H"],
   state: Float[Array, "B H D D"] | None = None,
+  output_gate: Float[Array, "B T HD"] | None = None,
   *,
   num_chunks: int,
+  cudnn: bool = False,
 ) -> tuple[Float[Array, "B T HD"], Float[Array, "B H D D"]]:
-  """See `api.hybrid_attention`; products in the type of q, sums in float32."""
+  """See `api.hybrid_attention`; products in the type of q, sums in float32.
+
+  Args:
+    cudnn: attention inside images by cuDNN's fused kernel, which never writes
+      its scores.
+  """
   batch, length, width = q.shape
   heads = log_gate.shape[-1]
   tokens, head = length // num_chunks, width // heads
@@ -38,9 +45,16 @@ def hybrid_attention(
   k = k * jnp.asarray(head**-0.5, k.dtype)
   g = log_gate.reshape(batch, num_chunks, tokens, heads)
 
-  scores = product("bsnhd,bsmhd->bshnm", q, k)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  out = product("bshnm,bsmhd->bsnhd", weights, v)
+  if cudnn:
+    images = [x.reshape(-1, tokens, heads, head) for x in (q, k, v)]
+    out = jax.nn.dot_product_attention(
+      *images, scale=1.0, implementation="cudnn"
+    )
+    out = out.reshape(q.shape).astype(jnp.float32)
+  else:
+    scores = product("bsnhd,bsmhd->bshnm", q, k)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = product("bshnm,bsmhd->bsnhd", weights, v)
 
   # An inclusive cumulative sum as a triangular product: a matrix unit does it
   # at once, and its gradient is the transposed triangle.
@@ -54,7 +68,19 @@ def hybrid_attention(
     state = jnp.zeros_like(kv[0])
   memories, state = _recur(kv, jnp.exp(g.mean(2)), state)
   out += product("bsnhd,sbhde->bsnhe", read, memories.astype(q.dtype))
-  return out.reshape(batch, length, width).astype(v.dtype), state
+  out = out.reshape(batch, length, width).astype(v.dtype)
+  if output_gate is not None:
+    out = gated_norm(out, output_gate, heads)
+  return out, state
+
+
+def gated_norm(
+  out: Float[Array, "B T HD"], gate: Float[Array, "B T HD"], heads: int
+) -> Float[Array, "B T HD"]:
+  """RMS norm of each head in float32, then the SiLU of the gate as a factor."""
+  x = out.astype(jnp.float32).reshape(*out.shape[:2], heads, -1)
+  x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+  return x.astype(out.dtype).reshape(out.shape) * jax.nn.silu(gate)
 
 
 def _recur(

@@ -1,0 +1,259 @@
+"""What the TPU compiler says of a program, on a machine without a TPU.
+
+libtpu (`pip install "jax[tpu]"`) compiles for any topology. Its figures are
+static: bundles of a kernel are close to its cycles, `estimated_cycles` are the
+compiler's own model of XLA's fusions. Compare with them; they are no speed.
+"""
+
+import collections
+import dataclasses
+import importlib.metadata
+import importlib.util
+import itertools
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.extend.core
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from arflow_jax.errors import ConfigError
+
+# One chip of each generation. A v5p host has four.
+CHIPS = {
+  "v5e": ("v5e:1x1", {"chips_per_host_bounds": (1, 1, 1)}),
+  "v6e": ("v6e:1x1", {"chips_per_host_bounds": (1, 1, 1)}),
+  "v5p": ("v5p:2x2x1", {}),
+}
+
+
+def prepare(dump: str | os.PathLike) -> None:
+  """Sets the environment for libtpu; call it before anything uses JAX.
+
+  Args:
+    dump: empty folder for the compiler's schedules, read by `kernels`.
+
+  Raises:
+    ConfigError: libtpu is not installed.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise ConfigError(
+      "compiling for a TPU needs libtpu, which is not installed; run: pip"
+      f' install "jax[tpu]=={jax.__version__}"'
+    )
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else JAX looks for a TPU
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_WORKER_ID", "0")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  os.environ["LIBTPU_INIT_ARGS"] = (
+    f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={dump}"
+    " --xla_jf_dump_llo_text=true"
+    " --xla_jf_dump_llo_pass_label_regex=.*final.*"
+  )
+
+
+def version() -> str:
+  """The compiler, as tables should name it."""
+  return f"libtpu {importlib.metadata.version('libtpu')}"
+
+
+def chip(name: str) -> Mesh:
+  """A mesh of one chip of a generation, a key of `CHIPS`."""
+  topology, options = CHIPS[name]
+  described = topologies.get_topology_desc(
+    platform="tpu", topology_name=topology, **options
+  )
+  return Mesh(np.array(described.devices[:1]), ("chip",))
+
+
+def pod(name: str, sizes: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
+  """A mesh of a whole topology, such as `v5e:16x16`."""
+  described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+  return topologies.make_mesh(described, sizes, axes)
+
+
+def compile_for(mesh: Mesh, function: Callable, *args: Any) -> Any:
+  """Compiles; arguments without a sharding are whole on every chip."""
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def place(x):
+    sharding = getattr(x, "sharding", None) or whole
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  jitted = function if hasattr(function, "lower") else jax.jit(function)
+  with jax.set_mesh(mesh):
+    return jitted.lower(*jax.tree.map(place, args)).compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One Pallas kernel of a traced function.
+
+  Attributes:
+    name: of the kernel.
+    programs: of its grid.
+    moved: bytes between HBM and VMEM, from blocks and grid: a block is moved
+      whenever its index changes from one program to the next.
+  """
+
+  name: str
+  programs: int
+  moved: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """The same kernel in a compiled program.
+
+  Attributes:
+    call: what was traced.
+    bundles: instruction bundles of one program.
+    vmem: bytes.
+  """
+
+  call: Call
+  bundles: int
+  vmem: int
+
+
+def kernels(
+  compiled: Any, calls: list[Call], dump: str | os.PathLike
+) -> list[Kernel]:
+  """The Pallas kernels of a compiled program, those of `calls`."""
+  found = {}
+  for line in compiled.as_text().splitlines():
+    if "tpu_custom_call" not in line:
+      continue
+    name = re.match(r"\s*(?:ROOT )?%([\w.\-]+) =", line)[1]
+    used = line[line.index('"used_scoped_memory_configs"') :]
+    vmem = max(map(int, re.findall(r'"size":"(\d+)"', used)), default=0)
+    found[name] = (_bundles(name, dump), vmem)
+  return [
+    Kernel(call, *next(found[name] for name in found if call.name in name))
+    for call in calls
+  ]
+
+
+def _bundles(name: str, dump: str | os.PathLike) -> int:
+  pattern = f"*-{name}-*schedule-analysis_final_bundles.txt"
+  newest = max(
+    pathlib.Path(dump).glob(pattern), key=lambda p: p.stat().st_mtime
+  )
+  return int(
+    re.search(r"total scheduled bundles:\s*(\d+)", newest.read_text())[1]
+  )
+
+
+def copies(compiled: Any, elements: int) -> list[str]:
+  """Copies and transposes of arrays of at least so many elements."""
+  moved = []
+  pattern = r"\s*(?:ROOT )?%([\w.\-]+) = \w+\[([\d,]+)\].* (copy|transpose)\("
+  for line in compiled.as_text().splitlines():
+    match = re.match(pattern, line)
+    if match and math.prod(map(int, match[2].split(","))) >= elements:
+      moved.append(match[1])
+  return moved
+
+
+def estimated_cycles(compiled: Any) -> tuple[int, dict[str, int]]:
+  """XLA's estimate of a program, loops by their length.
+
+  Returns:
+    The sum of what XLA estimates for its own instructions, and how often each
+    Pallas kernel runs, for which it estimates nothing.
+  """
+  bodies, entry = _computations(compiled.as_text())
+  total = _cycles(bodies, entry)
+  return total.pop("", 0), dict(total)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  bodies: dict[str, list[str]] = {}
+  lines: list[str] = []
+  entry = ""
+  for line in text.splitlines():
+    if line.endswith("{") and not line.startswith(" "):
+      match = re.match(r"(ENTRY )?%?([\w.\-]+)", line)
+      lines = bodies[match[2]] = []
+      entry = match[2] if match[1] else entry
+    else:
+      lines.append(line)
+  return bodies, entry
+
+
+def _cycles(bodies: dict[str, list[str]], name: str) -> collections.Counter:
+  """Cycles under the empty name, runs of kernels under theirs."""
+  total: collections.Counter = collections.Counter()
+  for line in bodies[name]:
+    total[""] += sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', line)))
+    if "tpu_custom_call" in line:
+      total[re.match(r"\s*(?:ROOT )?%([\w.\-]+) =", line)[1]] += 1
+    for times, inner in _inner(bodies, line):
+      for key, value in _cycles(bodies, inner).items():
+        total[key] += times * value
+  return total
+
+
+def _inner(bodies, line) -> Iterator[tuple[int, str]]:
+  """Computations that an instruction runs, and how often."""
+  loop = re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line)
+  if loop:
+    limits = re.findall(r"constant\((\d+)\)", "\n".join(bodies[loop[1]]))
+    yield max(map(int, limits)), loop[2]
+  call = re.search(r" call\(.*to_apply=%([\w.\-]+)", line)
+  if call:
+    yield 1, call[1]
+
+
+def calls(function: Callable, *args: Any) -> list[Call]:
+  """The Pallas kernels that a call of `function` runs, in order."""
+  return [
+    _call(equation.params)
+    for equation in _pallas_calls(jax.make_jaxpr(function)(*args).jaxpr)
+  ]
+
+
+def _call(params) -> Call:
+  mapping = params["grid_mapping"]
+  programs = np.array(
+    list(itertools.product(*map(range, mapping.grid))), np.int32
+  )
+  moved = 0
+  for block in mapping.block_mappings:
+    indices = _indices(block.index_map_jaxpr, programs)
+    changes = 1 + int((indices[1:] != indices[:-1]).any(axis=1).sum())
+    aval = block.transformed_block_aval
+    moved += changes * math.prod(aval.shape) * aval.dtype.itemsize
+  return Call(params["name"], len(programs), moved)
+
+
+def _indices(index_map, programs) -> np.ndarray:
+  """What an index map says of each program, by evaluating its equations."""
+  where = jax.jit(jax.vmap(lambda program: _evaluate(index_map, program)))
+  return np.stack([np.asarray(axis) for axis in where(programs)], axis=1)
+
+
+def _evaluate(index_map, program) -> list:
+  jaxpr, constants = index_map.jaxpr, index_map.consts
+  return jax.extend.core.jaxpr_as_fun(
+    jax.extend.core.ClosedJaxpr(jaxpr, constants)
+  )(*program)
+
+
+def _pallas_calls(jaxpr) -> Iterator[Any]:
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "pallas_call":
+      yield equation
+      continue
+    for value in equation.params.values():
+      value = getattr(value, "jaxpr", value)  # closed jaxprs hold an open one
+      if hasattr(value, "eqns"):
+        yield from _pallas_calls(value)
