@@ -153,12 +153,12 @@ def _bundles(name: str, dump: str | os.PathLike) -> int:
 
 
 def copies(compiled: Any, elements: int) -> list[str]:
-  """Copies and transposes of arrays of at least so many elements."""
+  """Copies and transposes of arrays of exactly so many elements."""
   moved = []
   pattern = r"\s*(?:ROOT )?%([\w.\-]+) = \w+\[([\d,]+)\].* (copy|transpose)\("
   for line in compiled.as_text().splitlines():
     match = re.match(pattern, line)
-    if match and math.prod(map(int, match[2].split(","))) >= elements:
+    if match and math.prod(map(int, match[2].split(","))) == elements:
       moved.append(match[1])
   return moved
 

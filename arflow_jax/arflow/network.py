@@ -125,10 +125,9 @@ class HybridAttention(nnx.Module):
       state: memory of the images before these; None stands for an empty one.
     """
     batch, images, tokens, width = u.shape
-    # q, k and v are normalised over the whole width, before the head split.
-    q, k, v = (
-      layers.rms_norm(proj(u)).reshape(batch, images * tokens, width)
-      for proj in (self.q_proj, self.k_proj, self.v_proj)
+    q, k, v, output_gate = (
+      proj(u).reshape(batch, images * tokens, width)
+      for proj in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
     )
     # (u + c) W as two products: c has one row per image, not one per token.
     logits = self.decay_proj(u) + self.decay_proj(c)[:, :, None]
@@ -140,7 +139,8 @@ class HybridAttention(nnx.Module):
       log_gate.reshape(batch, images * tokens, -1),
       state,
       num_chunks=images,
-      output_gate=self.gate_proj(u).reshape(batch, images * tokens, width),
+      normalize=True,  # over the whole width, before the head split
+      output_gate=output_gate,
       implementation=self.shape.attention,
     )
     return self.out_proj(out.reshape(u.shape)), state

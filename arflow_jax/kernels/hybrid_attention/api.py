@@ -38,6 +38,7 @@ def hybrid_attention(
   state: Float[Array, "B H D D"] | None = None,
   *,
   num_chunks: int,
+  normalize: bool = False,
   output_gate: Float[Array, "B T HD"] | None = None,
   implementation: str | None = None,
 ) -> tuple[Float[Array, "B T HD"], Float[Array, "B H D D"]]:
@@ -64,6 +65,8 @@ def hybrid_attention(
       of heads H is taken from it.
     state: float32 memory left by earlier chunks; None stands for zeros.
     num_chunks: S, the number of images that the T tokens hold.
+    normalize: q, k and v are first divided by their root mean square over all
+      H*D features, eps 1e-6, no gain.
     output_gate: if given, the output is `rms_norm(out) * silu(output_gate)`,
       the norm over the features of each head with eps 1e-6 and no gain.
     implementation: `reference` (plain float32, slow), `xla` (fast on every
@@ -137,12 +140,19 @@ def hybrid_attention(
         *[tokens] * 4,
         None if state is None else memory,
         None if output_gate is None else tokens,
+        PartitionSpec(batch_axes) if normalize else None,
       ),
       out_specs=(tokens, memory),
       axis_names={*batch_axes, *heads_axes},
       check_vma=False,
     )
-  return run(q, k, v, log_gate, state, output_gate)
+  scales = _inverse_rms(q, k, v) if normalize else None
+  return run(q, k, v, log_gate, state, output_gate, scales)
+
+
+def _inverse_rms(*arrays: Float[Array, "B T HD"]) -> Float[Array, "B n T"]:
+  squares = [jnp.square(x.astype(jnp.float32)).mean(-1) for x in arrays]
+  return jax.lax.rsqrt(jnp.stack(squares, axis=1) + 1e-6)
 
 
 def misfit(

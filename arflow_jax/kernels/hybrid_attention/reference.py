@@ -15,6 +15,7 @@ def hybrid_attention(
   log_gate: Float[Array, "B T H"],
   state: Float[Array, "B H D D"] | None = None,
   output_gate: Float[Array, "B T HD"] | None = None,
+  scales: Float[Array, "B 3 T"] | None = None,
   *,
   num_chunks: int,
 ) -> tuple[Float[Array, "B T HD"], Float[Array, "B H D D"]]:
@@ -22,6 +23,13 @@ def hybrid_attention(
   batch, length, width = q.shape
   heads = log_gate.shape[-1]
   tokens, head = length // num_chunks, width // heads
+
+  dtype = v.dtype
+  if scales is not None:
+    q, k, v = (
+      x.astype(jnp.float32) * scales[:, i, :, None]
+      for i, x in enumerate((q, k, v))
+    )
 
   def by_head(x):  # [B, T, H*D] -> [S, B, H, N, D]
     x = x.astype(jnp.float32).reshape(batch, num_chunks, tokens, heads, -1)
@@ -44,4 +52,4 @@ def hybrid_attention(
     out = out.reshape(batch, length, heads, head)
     out /= jnp.sqrt(jnp.mean(out**2, -1, keepdims=True) + 1e-6)
     out = out.reshape(q.shape) * jax.nn.silu(output_gate.astype(jnp.float32))
-  return out.astype(v.dtype), state
+  return out.astype(dtype), state

@@ -19,6 +19,7 @@ def hybrid_attention(
   log_gate: Float[Array, "B T H"],
   state: Float[Array, "B H D D"] | None = None,
   output_gate: Float[Array, "B T HD"] | None = None,
+  scales: Float[Array, "B 3 T"] | None = None,
   *,
   num_chunks: int,
   cudnn: bool = False,
@@ -39,6 +40,11 @@ def hybrid_attention(
       spec, a, b, precision=precision, preferred_element_type=jnp.float32
     )
 
+  if scales is not None:
+    q, k, v = (
+      (x.astype(jnp.float32) * scales[:, i, :, None]).astype(x.dtype)
+      for i, x in enumerate((q, k, v))
+    )
   q, k, v = (
     x.reshape(batch, num_chunks, tokens, heads, head) for x in (q, k, v)
   )

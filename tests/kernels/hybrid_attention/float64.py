@@ -30,9 +30,14 @@ def inputs(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
   return {name: x.astype(np.float32) for name, x in drawn.items()}
 
 
-def evaluate(given: dict[str, np.ndarray], case: Case, gated: bool):
+def evaluate(given, case: Case, *, normalize=False, gated=False):
   """Returns out, final state and the gradients of the loss by name."""
   x = {name: np.asarray(a, np.float64) for name, a in given.items()}
+  rms = {}
+  if normalize:
+    for name in "qkv":
+      rms[name] = np.sqrt((x[name] ** 2).mean(-1, keepdims=True) + 1e-6)
+      x[name] = x[name] / rms[name]
   out, final = np.zeros_like(x["q"]), np.array(x["state"])
   grads = {name: np.zeros_like(x[name]) for name in NAMES}
   for b in range(case.batch):
@@ -84,4 +89,7 @@ def evaluate(given: dict[str, np.ndarray], case: Case, gated: bool):
         grads["v"][b, rows, lanes] = dv
         grads["log_gate"][b, rows, h] = dg
       grads["state"][b, h] = dm
+  for name, root in rms.items():
+    along = (grads[name] * x[name]).mean(-1, keepdims=True)
+    grads[name] = (grads[name] - x[name] * along) / root
   return out, final, grads

@@ -24,15 +24,30 @@ def _serves(implementation, case, dtype="float32"):
   )
 
 
+FORMS = {
+  "plain": {},
+  "fused": dict(normalize=True, gated=True),
+  "normalized": dict(normalize=True),
+  "gated": dict(gated=True),
+}
 SERVED = [
-  pytest.param(case, name, id=f"{name}-{case.name}")
+  pytest.param(case, name, form, id=f"{name}-{form}-{case.name}")
   for case in SMALL
   for name in IMPLEMENTATIONS
-  if _serves(name, case)
+  for form in FORMS
+  if _serves(name, case) and (case == SMALL[0] or form in ("plain", "fused"))
 ]
 
 
-def run(implementation, given, case, gated, dtype=jnp.float32, jit=True):
+def run(
+  implementation,
+  given,
+  case,
+  *,
+  normalize=False,
+  gated=False,
+  dtype=jnp.float32,
+):
   """Output, final state and gradients of the loss of `float64.inputs`."""
   given = {name: jnp.asarray(x) for name, x in given.items()}
   w, w_state = given.pop("w"), given.pop("w_state")
@@ -43,48 +58,50 @@ def run(implementation, given, case, gated, dtype=jnp.float32, jit=True):
 
   def loss(given):
     out, state = hybrid_attention(
-      **given, num_chunks=case.images, implementation=implementation
+      **given,
+      num_chunks=case.images,
+      normalize=normalize,
+      implementation=implementation,
     )
     assert out.dtype == dtype
     assert state.dtype == jnp.float32
     total = jnp.sum(out.astype(jnp.float32) * w) + jnp.sum(state * w_state)
     return total, (out, state)
 
-  run = jax.grad(loss, has_aux=True)
-  grads, outs = (jax.jit(run) if jit else run)(given)
+  grads, outs = jax.jit(jax.grad(loss, has_aux=True))(given)
   return *outs, grads
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize(("case", "implementation"), SERVED)
-def test_against_float64(case, implementation, gated):
-  given = float64.inputs(case)
-  out, state, grads = run(implementation, given, case, gated)
-  wanted_out, wanted_state, wanted = float64.evaluate(given, case, gated)
+@pytest.mark.parametrize(("case", "implementation", "form"), SERVED)
+def test_against_float64(case, implementation, form):
+  given, form = float64.inputs(case), FORMS[form]
+  out, state, grads = run(implementation, given, case, **form)
+  wanted_out, wanted_state, wanted = float64.evaluate(given, case, **form)
   assert relative_error(out, wanted_out) < 1e-5
   assert relative_error(state, wanted_state) < 1e-5
   for name, grad in grads.items():
     assert relative_error(grad, wanted[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize(
-  ("case", "implementation"),
+  ("case", "implementation", "form"),
   [p for p in SERVED if p.values[1] == "pallas_tpu_interpret"],
 )
-def test_bfloat16_products_keep_float32_sums(case, implementation, gated):
+def test_bfloat16_products_keep_float32_sums(case, implementation, form):
   """Within 0.5% of float64 on the rounded inputs, every gradient too.
 
   But for the gradient of log_gate through the norm: there the gradient of the
   read is orthogonal to the whole output, and the sum over features cancels.
   """
-  given = float64.inputs(case)
+  given, form = float64.inputs(case), FORMS[form]
   for name in ("q", "k", "v", "output_gate"):
     given[name] = np.asarray(
       jnp.asarray(given[name]).astype(jnp.bfloat16).astype(jnp.float32)
     )
-  out, state, grads = run(implementation, given, case, gated, jnp.bfloat16)
-  wanted_out, wanted_state, wanted = float64.evaluate(given, case, gated)
+  out, state, grads = run(
+    implementation, given, case, dtype=jnp.bfloat16, **form
+  )
+  wanted_out, wanted_state, wanted = float64.evaluate(given, case, **form)
 
   def error(ours, wanted):  # of the whole array, in the Euclidean norm
     ours = np.asarray(ours.astype(jnp.float32), np.float64)
@@ -93,7 +110,8 @@ def test_bfloat16_products_keep_float32_sums(case, implementation, gated):
   assert error(out, wanted_out) < 5e-3
   assert error(state, wanted_state) < 5e-3
   for name, grad in grads.items():
-    limit = 6e-2 if gated and name == "log_gate" else 5e-3
+    norm_of_gate = "gated" in form and name == "log_gate"
+    limit = 6e-2 if norm_of_gate else 5e-3
     assert error(grad, wanted[name]) < limit, name
 
 
@@ -105,9 +123,11 @@ def test_float64_gradients_are_slopes(part):
   given["w_state" if part == "out" else "w"] *= 0
   loss = lambda x: sum(
     (a * b).sum()
-    for a, b in zip(float64.evaluate(x, case, True), (x["w"], x["w_state"]))
+    for a, b in zip(
+      float64.evaluate(x, case, **FORMS["fused"]), (x["w"], x["w_state"])
+    )
   )
-  grads = float64.evaluate(given, case, True)[2]
+  grads = float64.evaluate(given, case, **FORMS["fused"])[2]
   for name in float64.NAMES:
     direction = rs.standard_normal(given[name].shape)
     ends = [
@@ -190,15 +210,15 @@ def test_state_is_right_for_any_number_of_chunks_per_call(implementation):
   np.testing.assert_allclose(state, last, atol=1e-4)
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("form", ["plain", "fused"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_extreme_gates_and_scores_stay_finite(implementation, gated):
+def test_extreme_gates_and_scores_stay_finite(implementation, form):
   case = SMALL[0]
   given = float64.inputs(case)
   for name, factor in (("q", 100), ("k", 100), ("log_gate", 1e4)):
     given[name] = given[name] * np.float32(factor)
   given["output_gate"] *= np.float32(1e3)
-  for x in jax.tree.leaves(run(implementation, given, case, gated)):
+  for x in jax.tree.leaves(run(implementation, given, case, **FORMS[form])):
     assert np.isfinite(x).all()
 
 

@@ -11,16 +11,23 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from arflow_jax.analysis import tpu
-from arflow_jax.kernels.hybrid_attention import hybrid_attention, pallas_tpu
+from arflow_jax.kernels.hybrid_attention import hybrid_attention
 from arflow_jax.kernels.hybrid_attention.cases import (
   PUBLISHED_HEADS,
   SMALL,
   Case,
   published,
 )
+from arflow_jax.kernels.hybrid_attention.pallas_tpu import (
+  backward as backward_lib,
+)
+from arflow_jax.kernels.hybrid_attention.pallas_tpu import (
+  forward as forward_lib,
+)
 from arflow_jax.kernels.hybrid_attention.pallas_tpu import plan as plan_lib
 from tests.conftest import relative_error
 from tests.kernels.hybrid_attention import float64
+from tests.kernels.hybrid_attention.test_api import run
 
 BFLOAT16, FLOAT32 = jnp.bfloat16, jnp.float32
 CHIPS = {  # device kind and cores
@@ -38,7 +45,7 @@ def problem(case, dtype, *, gated=True, stateful=True):
   log_gate = shape((case.batch, length, case.heads), FLOAT32)
   memory = shape((case.batch, case.heads, case.head, case.head), FLOAT32)
 
-  def forward(q, k, v, log_gate, state, gate):
+  def forward(q, k, v, log_gate, state, gate):  # gated: as ARFlow calls it
     return hybrid_attention(
       q,
       k,
@@ -46,6 +53,7 @@ def problem(case, dtype, *, gated=True, stateful=True):
       log_gate,
       state if stateful else None,
       num_chunks=case.images,
+      normalize=gated,
       output_gate=gate if gated else None,
     )
 
@@ -188,21 +196,13 @@ def test_bytes_stay_close_to_the_floor(size, tokens, images, dtype, gated):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_groups_may_be_cut_into_programs(groups, monkeypatch):
-  """Several programs a sequence give what one gives."""
+  """Several programs a sequence give what float64 gives."""
   case = Case(2, 3, 32, 8, 64)
-  given = {k: jnp.asarray(x) for k, x in float64.inputs(case).items()}
-  w, w_state = given.pop("w"), given.pop("w_state")
+  given = float64.inputs(case)
   monkeypatch.setattr(plan_lib.Plan, "per_program", groups)
-
-  def loss(given):
-    out, state = hybrid_attention(
-      **given, num_chunks=case.images, implementation="pallas_tpu_interpret"
-    )
-    return jnp.sum(out * w) + jnp.sum(state * w_state), (out, state)
-
-  grads, (out, state) = jax.jit(jax.grad(loss, has_aux=True))(given)
-  given |= {"w": w, "w_state": w_state}
-  wanted_out, wanted_state, wanted = float64.evaluate(given, case, True)
+  form = dict(normalize=True, gated=True)
+  out, state, grads = run("pallas_tpu_interpret", given, case, **form)
+  wanted_out, wanted_state, wanted = float64.evaluate(given, case, **form)
   assert relative_error(out, wanted_out) < 1e-5
   assert relative_error(state, wanted_state) < 1e-5
   for name, grad in grads.items():
@@ -211,20 +211,31 @@ def test_groups_may_be_cut_into_programs(groups, monkeypatch):
 
 @pytest.mark.parametrize("case", [SMALL[0], SMALL[2]], ids=lambda c: c.name)
 def test_no_races_and_no_unwritten_memory(case, capfd):
-  given = {k: jnp.asarray(x) for k, x in float64.inputs(case).items()}
-  w = given.pop("w")
-  w_state = given.pop("w_state")
+  """The kernels alone: interpreted so, they do not go with jax.checkpoint."""
+  plan = plan_lib.Plan(*case, jnp.dtype("float32"), gated=True, stateful=True)
+  rs = np.random.RandomState(0)
+  arrays = plan.arrays
+
+  def draw(like):
+    return jnp.asarray(rs.standard_normal(like.shape), jnp.float32)
+
+  tokens = [draw(arrays.tokens) for _ in range(5)]
+  q, k, v, gate, d_out = tokens
+  scales, memory = abs(draw(arrays.scales)), draw(arrays.memory)
+  read = jnp.exp(-abs(draw(arrays.rows))).reshape(
+    case.batch, case.images, case.heads, case.tokens
+  )
+  decay = jnp.exp(-abs(draw(arrays.features)))
   interpret = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan"
   )
-
-  def loss(given):
-    out, state = pallas_tpu.hybrid_attention(
-      **given, num_chunks=case.images, interpret=interpret
-    )
-    return jnp.sum(out * w) + jnp.sum(state * w_state), (out, state)
-
-  grads, outs = jax.jit(jax.grad(loss, has_aux=True))(given)
-  for x in jax.tree.leaves((grads, outs)):
+  operands = [q, k, v, scales, read, decay, gate]
+  outs = forward_lib.forward(
+    plan, *operands, memory, save=True, interpret=interpret
+  )
+  grads = backward_lib.backward(
+    plan, operands, list(outs[2:]), d_out, memory, interpret=interpret
+  )
+  for x in (*outs, *grads):
     assert np.isfinite(x).all()
   assert "RACE" not in capfd.readouterr().out

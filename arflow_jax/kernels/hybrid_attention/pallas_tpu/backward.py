@@ -32,7 +32,8 @@ def backward(
 
   Args:
     plan: the problem.
-    operands: q, k, v, read, decay and, if `plan.gated`, gate, as for `forward`.
+    operands: q, k, v, scales, read, decay and, if `plan.gated`, gate, as for
+      `forward`.
     saved: what `forward` saved.
     d_out: `Arrays.tokens`, gradient of the output.
     d_final: `Arrays.memory`, gradient of the final memory.
@@ -45,10 +46,12 @@ def backward(
   plan = dataclasses.replace(plan, held=10 if plan.gated else 7)
   blocks, arrays = plan.blocks(reverse=True), plan.arrays
   given = [*operands, *saved, d_out, d_final]
-  kinds = ["tokens"] * 3 + ["rows", "features"] + ["tokens"] * plan.gated
-  in_kinds = [*kinds, "memories", "rows"]
-  in_kinds += ["tokens", "rows"] * plan.gated + ["tokens", "memory"]
-  out_kinds = kinds + ["memory"] * plan.stateful
+  gated = ["tokens"] * plan.gated
+  in_kinds = ["tokens"] * 3 + ["scales", "rows", "features", *gated]
+  out_kinds = ["tokens"] * 3 + ["d_scales", "rows", "features", *gated]
+  in_kinds += ["memories", "rows"] + ["tokens", "rows"] * plan.gated
+  in_kinds += ["tokens", "memory"]
+  out_kinds += ["memory"] * plan.stateful
   out_shape = [getattr(arrays, kind) for kind in out_kinds]
   given = [
     x.reshape(arrays.rows.shape) if kind == "rows" else x
@@ -66,17 +69,16 @@ def backward(
     interpret=interpret,
     name="hybrid_attention_backward",
   )(*given)
-  count = len(operands)
-  own = [grad.reshape(x.shape) for grad, x in zip(grads, operands)]
-  return own + list(grads[count:])
+  q, k, v, scales, read, *rest = grads
+  return [q, k, v, scales.sum(2), read.reshape(operands[4].shape), *rest]
 
 
 def _kernel(plan: Plan, *refs):
-  q, k, v, read, decay, *refs = refs
+  q, k, v, scales, read, decay, *refs = refs
   gate = refs.pop(0) if plan.gated else None
   memories, totals, *refs = refs
   normed, factor = (refs.pop(0), refs.pop(0)) if plan.gated else (None, None)
-  d_out, d_final, dq, dk, dv, d_read, d_decay, *refs = refs
+  d_out, d_final, dq, dk, dv, d_scales, d_read, d_decay, *refs = refs
   d_gate = refs.pop(0) if plan.gated else None
   d_initial = refs.pop(0) if plan.stateful else None
   (d_memory,) = refs
@@ -90,7 +92,15 @@ def _kernel(plan: Plan, *refs):
   def _():
     d_memory[...] = d_final[0]
 
+  q_scale, k_scale, v_scale = (scales[0, 0, i : i + 1] for i in range(3))
+  k_across, v_across = lanes.across(k_scale), lanes.across(v_scale)
   at = {}  # what the items of a group share
+
+  def add_scale(which, tile, group, d_scaled, raw):
+    """Adds a group's part to the gradient of the scale of q, k or v."""
+    where = (0, 0, 0, slice(which, which + 1), tile)
+    part = jnp.sum(d_scaled * raw, axis=0, keepdims=True)
+    d_scales[where] = part if group == 0 else d_scales[where] + part
 
   def spread(rows, group):
     """A row of each head of the group, over the features of the head."""
@@ -126,11 +136,13 @@ def _kernel(plan: Plan, *refs):
 
   def load(group):
     columns = pl.ds(group * plan.lanes, plan.lanes)
-    keys, values, queries = k[0, :, columns], v[0, :, columns], q[0, :, columns]
-    queries_t = queries.T
+    keys = tiles.scaled(k[0, :, columns], k_across)
+    values = tiles.scaled(v[0, :, columns], v_across)
+    queries = q[0, :, columns]
+    keys_t, queries_t = k[0, :, columns].T, queries.T
     d_outs_t = ungate(group, columns) if plan.gated else d_out[0, :, columns].T
     before, d_after = memories[0, 0, group], d_memory[group]
-    d_read_out = (d_outs_t * spread(read, group)).astype(dtype)
+    d_read_out = tiles.scaled(d_outs_t, spread(read, group) * q_scale)
     d_memory[group] = d_after * decay[0, 0, :, columns] + lanes.pack(
       tiles.product(d_read_out, queries)
     )
@@ -140,8 +152,10 @@ def _kernel(plan: Plan, *refs):
     return dict(
       columns=columns,
       keys=keys,
-      keys_t=keys.T,
+      keys_t=keys_t,
       queries_t=queries_t,
+      scaled_keys_t=tiles.scaled(keys_t, k_scale),
+      scaled_queries_t=tiles.scaled(queries_t, q_scale),
       d_outs_t=d_outs_t,
       values_and_memory=jnp.concatenate([values, memory]),
       # Of the update of the memory; the softmax adds its own.
@@ -171,35 +185,39 @@ def _kernel(plan: Plan, *refs):
     row = slice(row, row + 1)
     scores, d_weights = scores
     d_weights, d_crossed = d_weights[:tokens], d_weights[tokens:]
-    factor = scale * tiles.LOG2_E
+    factor = q_scale[:, tile] * (scale * tiles.LOG2_E)
     weights = jnp.exp2(scores * factor - totals[0, 0, 0, row, tile])
     d_scores = weights * d_weights
     d_total = jnp.sum(d_scores, axis=0, keepdims=True)
     d_scores = (d_scores - weights * d_total).astype(dtype)
 
-    queries_t = this["queries_t"][features, tile]
-    d_outs_t = this["d_outs_t"][features, tile]
-    d_read[0, 0, 0, row, tile] = jnp.sum(
-      queries_t * d_crossed, axis=0, keepdims=True
+    d_read[0, 0, 0, row, tile] = q_scale[:, tile] * jnp.sum(
+      this["queries_t"][features, tile] * d_crossed, axis=0, keepdims=True
     )
-    inner = tiles.product(this["keys_t"][features], d_scores) * scale
+    inner = tiles.product(this["scaled_keys_t"][features], d_scores) * scale
     this["dq"].append(inner + d_crossed * read[0, 0, 0, row, tile])
     this["dk_heads"][head] += tiles.product(
-      queries_t, d_scores, b_transposed=True
+      this["scaled_queries_t"][features, tile], d_scores, b_transposed=True
     )
     this["dv_heads"][head] += tiles.product(
-      d_outs_t, weights.astype(dtype), b_transposed=True
+      this["d_outs_t"][features, tile],
+      weights.astype(dtype),
+      b_transposed=True,
     )
     if head < plan.per_group - 1:
       return
     columns = this["columns"]
-    dq[0, tile, columns] = jnp.concatenate(this["dq"]).astype(dtype).T
+    d_queries = jnp.concatenate(this["dq"])
     this["dq"].clear()
+    add_scale(0, tile, group, d_queries, this["queries_t"][:, tile])
+    dq[0, tile, columns] = (d_queries * q_scale[:, tile]).astype(dtype).T
     if tile == plan.tiles[-1]:
       d_keys = (this["dk"] + jnp.concatenate(this["dk_heads"])) * scale
+      add_scale(1, slice(None), group, d_keys, this["keys_t"])
+      dk[0, :, columns] = (d_keys * k_scale).astype(dtype).T
       d_values = this["dv"] + jnp.concatenate(this["dv_heads"])
-      dk[0, :, columns] = d_keys.astype(dtype).T
-      dv[0, :, columns] = d_values.astype(dtype).T
+      add_scale(2, slice(None), group, d_values, v[0, :, columns].T)
+      dv[0, :, columns] = (d_values * v_scale).astype(dtype).T
 
   pipelined(plan.items, _AHEAD, scores, differentiate)
 

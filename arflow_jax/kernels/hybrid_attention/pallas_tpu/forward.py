@@ -19,7 +19,7 @@ _AHEAD = 3
 
 
 def forward(
-  plan: Plan, q, k, v, read, decay, gate, initial, *, save, interpret
+  plan: Plan, q, k, v, scales, read, decay, gate, initial, *, save, interpret
 ):
   """Runs the kernel over `plan.grid`.
 
@@ -28,6 +28,7 @@ def forward(
     q: queries, `Arrays.tokens`; k and v likewise.
     k: keys, not scaled.
     v: values.
+    scales: `Arrays.scales`.
     read: `Arrays.rows`, the factor exp(cumsum(g)) of each read of the memory.
     decay: `Arrays.features`, the factor exp(mean(g)) of each update.
     gate: `Arrays.tokens` if `plan.gated`, else None.
@@ -43,8 +44,8 @@ def forward(
   """
   plan = dataclasses.replace(plan, held=6 if plan.gated else 4)
   blocks, arrays = plan.blocks(), plan.arrays
-  given = [q, k, v, read.reshape(arrays.rows.shape), decay]
-  in_kinds = ["tokens"] * 3 + ["rows", "features"]
+  given = [q, k, v, scales, read.reshape(arrays.rows.shape), decay]
+  in_kinds = ["tokens"] * 3 + ["scales", "rows", "features"]
   out_kinds = ["tokens", "memory"]
   aliases = {}
   if plan.gated:
@@ -73,7 +74,7 @@ def forward(
 
 
 def _kernel(plan: Plan, save: bool, *refs):
-  q, k, v, read, decay, *refs = refs
+  q, k, v, scales, read, decay, *refs = refs
   gate = refs.pop(0) if plan.gated else None
   initial = refs.pop(0) if plan.stateful else None
   out, final, *saved, memory = refs
@@ -86,11 +87,14 @@ def _kernel(plan: Plan, save: bool, *refs):
   def _():
     memory[...] = initial[0] if plan.stateful else jnp.zeros_like(memory)
 
+  q_scale, k_scale, v_scale = (scales[0, 0, i : i + 1] for i in range(3))
+  k_scale = lanes.across(k_scale)
   at = {}  # what the items of a group share
 
   def load(group):
     columns = pl.ds(group * plan.lanes, plan.lanes)
-    keys, values_t = k[0, :, columns], v[0, :, columns].T
+    keys = tiles.scaled(k[0, :, columns], k_scale)
+    values_t = tiles.scaled(v[0, :, columns].T, v_scale)
     before = memory[group]
     memory[group] = before * decay[0, 0, :, columns] + scale * lanes.pack(
       tiles.product(values_t, keys)
@@ -116,14 +120,14 @@ def _kernel(plan: Plan, save: bool, *refs):
     _, values_t, columns = at[group]
     row = group * plan.per_group + head
     scores, crossed = scores[:tokens], scores[tokens:]
-    factor = scale * tiles.LOG2_E
+    factor = q_scale[:, tile] * (scale * tiles.LOG2_E)
     top = jnp.max(scores, axis=0, keepdims=True) * factor
     weights = jnp.exp2(scores * factor - top)
     total = jnp.sum(weights, axis=0, keepdims=True)
     if save:
       saved[1][0, 0, 0, row : row + 1, tile] = top + jnp.log2(total)
     inner = tiles.product(values_t[lanes.rows(head)], weights.astype(dtype))
-    cross = crossed * read[0, 0, 0, row : row + 1, tile]
+    cross = crossed * (read[0, 0, 0, row : row + 1, tile] * q_scale[:, tile])
     whole = inner * (1 / total) + cross
     if plan.gated:
       square = jnp.mean(whole * whole, axis=0, keepdims=True)

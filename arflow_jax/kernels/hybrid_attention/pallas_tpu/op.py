@@ -22,6 +22,7 @@ def hybrid_attention(
   log_gate: Float[Array, "B T H"],
   state: Float[Array, "B H D D"] | None = None,
   output_gate: Float[Array, "B T HD"] | None = None,
+  scales: Float[Array, "B 3 T"] | None = None,
   *,
   num_chunks: int,
   interpret=False,
@@ -50,8 +51,11 @@ def hybrid_attention(
   read = jnp.exp(jnp.einsum("nm,bsmh->bshn", triangle, g, precision="highest"))
   decay = jnp.repeat(jnp.exp(g.mean(2)), plan.head, axis=-1)[:, :, None]
   packed = None if state is None else _pack(state, plan)
+  if scales is None:
+    scales = jnp.ones((batch, 3, length), jnp.float32)
+  scales = scales.reshape(batch, 3, num_chunks, -1).swapaxes(1, 2)
   out, final = _attend(
-    plan, interpret, q, k, v, read, decay, output_gate, packed
+    plan, interpret, q, k, v, scales, read, decay, output_gate, packed
   )
   return out, _unpack(final, plan)
 
@@ -85,7 +89,7 @@ def _backward(plan, interpret, residuals, cotangents):
   if not plan.stateful:
     grads.append(None)
   if not plan.gated:
-    grads.insert(5, None)
+    grads.insert(6, None)
   return tuple(grads)
 
 

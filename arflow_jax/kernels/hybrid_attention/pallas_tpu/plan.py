@@ -140,6 +140,12 @@ class Plan:
       rows=pl.BlockSpec(
         (1, 1, 1, heads, self.tokens), lambda b, g, s: (b, turn(s), g, 0, 0)
       ),
+      scales=pl.BlockSpec(
+        (1, 1, 3, self.tokens), lambda b, g, s: (b, turn(s), 0, 0)
+      ),
+      d_scales=pl.BlockSpec(
+        (1, 1, 1, 3, self.tokens), lambda b, g, s: (b, turn(s), g, 0, 0)
+      ),
       features=pl.BlockSpec(
         (1, 1, 1, width), lambda b, g, s: (b, turn(s), 0, g)
       ),
@@ -164,6 +170,8 @@ class Plan:
         (self.batch, self.images * self.tokens, self.width), self.dtype
       ),
       rows=shape((*lead, parts, self.heads // parts, self.tokens), jnp.float32),
+      scales=shape((*lead, 3, self.tokens), jnp.float32),
+      d_scales=shape((*lead, parts, 3, self.tokens), jnp.float32),
       features=shape((*lead, 1, self.width), jnp.float32),
       memory=shape((self.batch, *memory), jnp.float32),
       memories=shape((*lead, *memory), self.dtype),
@@ -199,6 +207,8 @@ class Blocks:
 
   tokens: pl.BlockSpec
   rows: pl.BlockSpec
+  scales: pl.BlockSpec
+  d_scales: pl.BlockSpec
   features: pl.BlockSpec
   memory: pl.BlockSpec
   memories: pl.BlockSpec
@@ -211,6 +221,8 @@ class Arrays:
   Attributes:
     tokens: [B, T, H*D], q, k, v, the output and their gradients.
     rows: [B, S, parts, H/parts, N] float32, one number per head and token.
+    scales: [B, S, 3, N] float32, a factor of each token's q, k and v.
+    d_scales: [B, S, parts, 3, N] float32, their gradients, in summands.
     features: [B, S, 1, H*D] float32, one number per image and feature.
     memory: [B, groups, D, lanes] float32, the packed state: [e, (h, d)].
     memories: [B, S, groups, D, lanes], the packed state that each image reads.
@@ -218,6 +230,8 @@ class Arrays:
 
   tokens: jax.ShapeDtypeStruct
   rows: jax.ShapeDtypeStruct
+  scales: jax.ShapeDtypeStruct
+  d_scales: jax.ShapeDtypeStruct
   features: jax.ShapeDtypeStruct
   memory: jax.ShapeDtypeStruct
   memories: jax.ShapeDtypeStruct

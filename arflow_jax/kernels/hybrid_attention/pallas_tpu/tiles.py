@@ -26,6 +26,11 @@ def sigmoid(x: jax.Array) -> jax.Array:
   return 0.5 + 0.5 * jnp.tanh(0.5 * x)
 
 
+def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+  """x times a float32 factor, in the type of x."""
+  return (x * factor).astype(x.dtype)
+
+
 class Lanes:
   """The heads of a group, side by side in the lanes."""
 
@@ -49,6 +54,10 @@ class Lanes:
     parts = [jnp.zeros_like(x[self.rows(0)])] * self.plan.per_group
     parts[head] = x[self.rows(head)]
     return jnp.concatenate(parts)
+
+  def across(self, row: jax.Array) -> jax.Array:
+    """A row [1, N] of numbers per token as columns: [N, lanes]."""
+    return jnp.broadcast_to(row, (self.plan.lanes, row.shape[1])).T
 
   def pack(self, full: jax.Array) -> jax.Array:
     """The diagonal D x D blocks of [lanes, lanes], as [D, lanes]."""
