@@ -22,12 +22,13 @@ def require(name: str) -> None:
   _required.append(name)
 
 
-def define_config() -> None:
+def define_config(default: str | None = None) -> None:
   """Defines `--config=FILE.py:VARIANT` with `--config.key=value` overrides."""
   config_flags.DEFINE_config_file(
-    "config", None, "Config file and variant, e.g. configs/arflow.py:digits."
+    "config", default, "Config file and variant, e.g. configs/arflow.py:digits."
   )
-  require("config")
+  if default is None:
+    require("config")
 
 
 def define_workdir() -> None:

@@ -135,14 +135,15 @@ def kernels(
     name = re.match(r"\s*(?:ROOT )?%([\w.\-]+) =", line)[1]
     used = line[line.index('"used_scoped_memory_configs"') :]
     vmem = max(map(int, re.findall(r'"size":"(\d+)"', used)), default=0)
-    found[name] = (_bundles(name, dump), vmem)
+    found[name] = (bundles(name, dump), vmem)
   return [
     Kernel(call, *next(found[name] for name in found if call.name in name))
     for call in calls
   ]
 
 
-def _bundles(name: str, dump: str | os.PathLike) -> int:
+def bundles(name: str, dump: str | os.PathLike) -> int:
+  """Bundles of one program of a kernel, by the name of its instruction."""
   pattern = f"*-{name}-*schedule-analysis_final_bundles.txt"
   newest = max(
     pathlib.Path(dump).glob(pattern), key=lambda p: p.stat().st_mtime

@@ -125,34 +125,63 @@ def hybrid_attention(
       f"hybrid attention takes the XLA form, not {name}: {reason}", stacklevel=2
     )
     name = "xla"
-  run = functools.partial(IMPLEMENTATIONS[name], num_chunks=num_chunks)
-  batch_axes, heads_axes, sizes = _mesh_axes()
-  if batch % math.prod(sizes[axis] for axis in batch_axes):
-    batch_axes = ()
-  if heads % math.prod(sizes[axis] for axis in heads_axes):
-    heads_axes = ()
-  if batch_axes or heads_axes:
-    tokens = PartitionSpec(batch_axes, None, heads_axes)
-    memory = PartitionSpec(batch_axes, heads_axes)
-    run = jax.shard_map(
-      run,
-      in_specs=(
-        *[tokens] * 4,
-        None if state is None else memory,
-        None if output_gate is None else tokens,
-        PartitionSpec(batch_axes) if normalize else None,
-      ),
-      out_specs=(tokens, memory),
-      axis_names={*batch_axes, *heads_axes},
-      check_vma=False,
-    )
-  scales = _inverse_rms(q, k, v) if normalize else None
-  return run(q, k, v, log_gate, state, output_gate, scales)
+  fused = name.startswith("pallas")  # with norms and gate, or without
+  if normalize and not fused:
+    q, k, v = map(_rms_norm, (q, k, v))
+  operands = dict(q=q, k=k, v=v, log_gate=log_gate, state=state)
+  if fused:
+    scales = _inverse_rms(q, k, v) if normalize else None
+    operands |= dict(output_gate=output_gate, scales=scales)
+  out, state = _in_shards(
+    functools.partial(IMPLEMENTATIONS[name], num_chunks=num_chunks),
+    operands,
+    batch,
+    heads,
+  )
+  if output_gate is not None and not fused:
+    by_head = _rms_norm(out.reshape(batch, length, heads, head))
+    out = by_head.reshape(out.shape) * jax.nn.silu(output_gate)
+  return out, state
+
+
+def _rms_norm(x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:
+  x32 = x.astype(jnp.float32)
+  scale = jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
+  return (x32 * scale).astype(x.dtype)
 
 
 def _inverse_rms(*arrays: Float[Array, "B T HD"]) -> Float[Array, "B n T"]:
   squares = [jnp.square(x.astype(jnp.float32)).mean(-1) for x in arrays]
   return jax.lax.rsqrt(jnp.stack(squares, axis=1) + 1e-6)
+
+
+def _in_shards(
+  function: Callable, operands: dict[str, Array | None], batch: int, heads: int
+) -> tuple[Array, Array]:
+  """Calls `function` with the operands, on each device with its own."""
+  batch_axes, heads_axes, sizes = _mesh_axes()
+  if batch % math.prod(sizes[axis] for axis in batch_axes):
+    batch_axes = ()
+  if heads % math.prod(sizes[axis] for axis in heads_axes):
+    heads_axes = ()
+  if not batch_axes and not heads_axes:
+    return function(**operands)
+  tokens = PartitionSpec(batch_axes, None, heads_axes)
+  memory = PartitionSpec(batch_axes, heads_axes)
+  specs = dict.fromkeys(operands, tokens)
+  specs |= dict(state=memory)
+  if "scales" in specs:
+    specs["scales"] = PartitionSpec(batch_axes)
+  specs = {
+    name: None if operands[name] is None else specs[name] for name in operands
+  }
+  return jax.shard_map(
+    lambda operands: function(**operands),
+    in_specs=(specs,),
+    out_specs=(tokens, memory),
+    axis_names={*batch_axes, *heads_axes},
+    check_vma=False,
+  )(operands)
 
 
 def misfit(
@@ -218,12 +247,15 @@ def _platform() -> str:
 
 
 def _mesh_axes() -> tuple[tuple[str, ...], tuple[str, ...], dict[str, int]]:
-  """Axes of the ambient mesh that split batch and heads, and all sizes."""
+  """Axes of the ambient mesh that split batch and heads, and all sizes.
+
+  Those of size one too: a kernel wants to be told of every axis.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   free = [
     name
     for name, kind in zip(mesh.axis_names, mesh.axis_types)
-    if kind != AxisType.Manual and mesh.shape[name] > 1
+    if kind != AxisType.Manual
   ]
   batch = tuple(name for name in free if name != HEADS_AXIS)
   heads = tuple(name for name in free if name == HEADS_AXIS)

@@ -36,3 +36,32 @@ PUBLISHED_HEADS = {"S": 6, "B": 12, "L": 16, "XL": 18}
 def published(size: str, tokens: int, images: int, batch: int) -> Case:
   """The attention of a published network: 256 tokens at 256 px, 64 at 128."""
   return Case(batch, images, tokens, PUBLISHED_HEADS[size], 64)
+
+
+def flops(case: Case, *, backward: bool) -> int:
+  """Model FLOPs: the products of the equations, gradients twice as many."""
+  images = case.batch * case.images * case.heads
+  forward = images * 4 * case.tokens * case.head * (case.tokens + case.head)
+  return 3 * forward if backward else forward
+
+
+def floor_bytes(
+  case: Case, size: int, *, fused: bool, backward: bool, state: bool = True
+) -> int:
+  """Bytes where every operand is read once and every result written once.
+
+  Args:
+    case: the problem.
+    size: bytes of a number of q.
+    fused: with an output gate.
+    backward: forward pass and gradients of all operands, else forward alone.
+    state: a memory goes in.
+  """
+  length = case.batch * case.images * case.tokens
+  tokens = length * case.heads * case.head * size
+  gates = length * case.heads * 4
+  memory = case.batch * case.heads * case.head**2 * 4
+  operands = (3 + fused) * tokens + gates + state * memory
+  results = tokens + memory
+  # Backward: operands and gradients of results in, gradients of operands out.
+  return operands + results + backward * (2 * operands + results)

@@ -14,8 +14,6 @@ def hybrid_attention(
   v: Float[Array, "B T HD"],
   log_gate: Float[Array, "B T H"],
   state: Float[Array, "B H D D"] | None = None,
-  output_gate: Float[Array, "B T HD"] | None = None,
-  scales: Float[Array, "B 3 T"] | None = None,
   *,
   num_chunks: int,
 ) -> tuple[Float[Array, "B T HD"], Float[Array, "B H D D"]]:
@@ -23,13 +21,6 @@ def hybrid_attention(
   batch, length, width = q.shape
   heads = log_gate.shape[-1]
   tokens, head = length // num_chunks, width // heads
-
-  dtype = v.dtype
-  if scales is not None:
-    q, k, v = (
-      x.astype(jnp.float32) * scales[:, i, :, None]
-      for i, x in enumerate((q, k, v))
-    )
 
   def by_head(x):  # [B, T, H*D] -> [S, B, H, N, D]
     x = x.astype(jnp.float32).reshape(batch, num_chunks, tokens, heads, -1)
@@ -48,8 +39,4 @@ def hybrid_attention(
       state = decay * state + k_s.mT @ v_s
       outs.append(inner + cross)
   out = jnp.stack(outs, 1).transpose(0, 1, 3, 2, 4).reshape(q.shape)
-  if output_gate is not None:
-    out = out.reshape(batch, length, heads, head)
-    out /= jnp.sqrt(jnp.mean(out**2, -1, keepdims=True) + 1e-6)
-    out = out.reshape(q.shape) * jax.nn.silu(output_gate.astype(jnp.float32))
-  return out.astype(dtype), state
+  return out.astype(v.dtype), state

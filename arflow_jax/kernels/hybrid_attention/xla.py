@@ -18,8 +18,6 @@ def hybrid_attention(
   v: Float[Array, "B T HD"],
   log_gate: Float[Array, "B T H"],
   state: Float[Array, "B H D D"] | None = None,
-  output_gate: Float[Array, "B T HD"] | None = None,
-  scales: Float[Array, "B 3 T"] | None = None,
   *,
   num_chunks: int,
   cudnn: bool = False,
@@ -40,11 +38,6 @@ def hybrid_attention(
       spec, a, b, precision=precision, preferred_element_type=jnp.float32
     )
 
-  if scales is not None:
-    q, k, v = (
-      (x.astype(jnp.float32) * scales[:, i, :, None]).astype(x.dtype)
-      for i, x in enumerate((q, k, v))
-    )
   q, k, v = (
     x.reshape(batch, num_chunks, tokens, heads, head) for x in (q, k, v)
   )
@@ -74,19 +67,7 @@ def hybrid_attention(
     state = jnp.zeros_like(kv[0])
   memories, state = _recur(kv, jnp.exp(g.mean(2)), state)
   out += product("bsnhd,sbhde->bsnhe", read, memories.astype(q.dtype))
-  out = out.reshape(batch, length, width).astype(v.dtype)
-  if output_gate is not None:
-    out = gated_norm(out, output_gate, heads)
-  return out, state
-
-
-def gated_norm(
-  out: Float[Array, "B T HD"], gate: Float[Array, "B T HD"], heads: int
-) -> Float[Array, "B T HD"]:
-  """RMS norm of each head in float32, then the SiLU of the gate as a factor."""
-  x = out.astype(jnp.float32).reshape(*out.shape[:2], heads, -1)
-  x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
-  return x.astype(out.dtype).reshape(out.shape) * jax.nn.silu(gate)
+  return out.reshape(batch, length, width).astype(v.dtype), state
 
 
 def _recur(

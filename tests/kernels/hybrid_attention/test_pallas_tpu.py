@@ -81,15 +81,6 @@ def test_every_published_size_lowers(size, chip):
     assert exported.mlir_module().count("tpu_custom_call") == 2
 
 
-@pytest.fixture(scope="session")
-def dump(tmp_path_factory):
-  """Folder of the compiler's schedules; libtpu reads its name only once."""
-  pytest.importorskip("libtpu", reason="libtpu is not installed: jax[tpu]")
-  folder = tmp_path_factory.mktemp("schedules")
-  tpu.prepare(folder)
-  return folder
-
-
 # batch, images, tokens, heads, head; type; chip; bundles an image each way.
 COMPILED = [
   (published("XL", 256, 5, 32), BFLOAT16, "v5e", (10_000, 21_000)),

@@ -1,0 +1,124 @@
+"""The operator on a mesh: the same numbers, and nothing gathered."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from arflow_jax.analysis import tpu
+from arflow_jax.kernels.hybrid_attention.cases import published
+from tests.kernels.hybrid_attention.test_pallas_tpu import BFLOAT16, problem
+
+AXES = ("data", "tensor")
+
+# Runs on eight CPU devices; prints the largest differences from one device.
+_ON_EIGHT = """
+import json, warnings
+import jax, jax.numpy as jnp, numpy as np
+from arflow_jax.kernels.hybrid_attention import hybrid_attention
+from arflow_jax.kernels.hybrid_attention.cases import Case
+from tests.kernels.hybrid_attention import float64
+
+jax.config.update("jax_default_matmul_precision", "highest")
+case = Case(batch=4, images=2, tokens=16, heads=4, head=64)  # two lane groups
+given = {k: jnp.asarray(x) for k, x in float64.inputs(case).items()}
+w, w_state = given.pop("w"), given.pop("w_state")
+
+def run(implementation):
+  def loss(given):
+    out, state = hybrid_attention(
+      **given, num_chunks=case.images, normalize=True,
+      implementation=implementation)
+    return jnp.sum(out * w) + jnp.sum(state * w_state), (out, state)
+  return jax.jit(jax.grad(loss, has_aux=True))(given)
+
+wanted = jax.tree.leaves(run("reference"))
+found = {}
+for sizes, axes in (
+  ((4, 1, 2), ("data", "fsdp", "tensor")),
+  ((2, 2, 2), ("data", "fsdp", "tensor")),
+  ((4, 2), ("data", "tensor")),
+  ((8,), ("data",)),  # more devices than sequences
+  ((2, 4), ("data", "tensor")),  # more shards than lane groups
+):
+  mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(sizes), axes)
+  for name in ("xla", "pallas_tpu_interpret"):
+    with jax.set_mesh(mesh):
+      try:
+        ours = jax.tree.leaves(run(name))
+      except ValueError as error:
+        found[f"{name} {sizes}"] = str(error)
+        continue
+    found[f"{name} {sizes}"] = max(
+      float(jnp.abs(a - b).max() / jnp.abs(b).max())
+      for a, b in zip(ours, wanted)
+    )
+print(json.dumps(found))
+"""
+
+
+def test_shards_give_what_one_device_gives():
+  done = subprocess.run(
+    [sys.executable, "-c", _ON_EIGHT],
+    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert len(found) == 10
+  # An explicit name never falls back.
+  for name, reason in (
+    ("pallas_tpu_interpret (8,)", "batch of 4 does not divide over the 8"),
+    ("pallas_tpu_interpret (2, 4)", "tensor=4 does not divide the 2 groups"),
+  ):
+    assert reason in found.pop(name)
+  assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_nothing_is_gathered(dump, tensor):
+  """Data-parallel shards exchange nothing, heads only sums over features."""
+  topology = topologies.get_topology_desc(
+    platform="tpu", topology_name="v5e:2x2"
+  )
+  mesh = topologies.make_mesh(topology, (4 // tensor, tensor), AXES)
+  case = published("B", 64, 5, batch=8)
+  _, _, both, args = problem(case, BFLOAT16)
+  specs = {3: ("data", None, "tensor"), 4: ("data", "tensor")}
+
+  def place(x):
+    spec = PartitionSpec(*specs[len(x.shape)])
+    return jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+    )
+
+  compiled = tpu.compile_for(mesh, both, *jax.tree.map(place, args))
+  text = compiled.as_text()
+  assert text.count("tpu_custom_call") == 2
+  moving = set(
+    re.findall(
+      r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)",
+      text,
+    )
+  )
+  assert moving == (set() if tensor == 1 else {"all-reduce"})
+
+
+def test_what_does_not_divide_is_said_once(dump):
+  """Three lane groups over two shards: the XLA form, and a warning."""
+  topology = topologies.get_topology_desc(
+    platform="tpu", topology_name="v5e:2x2"
+  )
+  mesh = topologies.make_mesh(topology, (2, 2), AXES)
+  _, _, both, args = problem(published("S", 16, 2, batch=4), BFLOAT16)
+  with pytest.warns(UserWarning, match="tensor=2 does not divide the 3 groups"):
+    compiled = tpu.compile_for(mesh, both, *args)
+  assert "tpu_custom_call" not in compiled.as_text()
