@@ -1,9 +1,13 @@
 """The parameter fill of the golden values, and the network it makes."""
 
+import dataclasses
+
 import numpy as np
+from flax import nnx
 
 from arflow_jax.arflow import weights
 from arflow_jax.arflow.network import ARFlow, Shape
+from arflow_jax.nn.functional import Blueprint
 
 GOLDEN = Shape(
   image_size=8,
@@ -19,6 +23,13 @@ GOLDEN = Shape(
 def golden_network(rs: np.random.RandomState) -> ARFlow:
   """The network of the golden values, for 8x8 latents."""
   return weights.from_published(golden_state_dict(rs), image_size=8)[0]
+
+
+def with_attention(model: ARFlow, implementation: str | None) -> ARFlow:
+  """The same parameters with another implementation of the attention."""
+  shape = dataclasses.replace(model.shape, attention=implementation)
+  blueprint = Blueprint(lambda rngs: ARFlow(shape, rngs=rngs))
+  return blueprint(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 def golden_state_dict(rs: np.random.RandomState) -> dict[str, np.ndarray]:

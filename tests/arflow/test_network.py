@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from arflow_jax import branches
 from arflow_jax.arflow import weights
 from arflow_jax.arflow.network import ARFlow, Shape
+from arflow_jax.data import pipeline
 from arflow_jax.errors import ConfigError
 from configs.arflow import get_config
-from tests.arflow.helpers import GOLDEN, golden_network
+from tests.arflow.helpers import GOLDEN, golden_network, with_attention
 from tests.conftest import (
   channels_first,
   channels_last,
@@ -46,10 +48,17 @@ def test_golden_forward():
   )
 
 
+ATTENTIONS = pytest.mark.parametrize(
+  "attention", [None, "pallas_tpu_interpret"]
+)
+
+
+@ATTENTIONS
 @pytest.mark.parametrize("path", parity_files("arflow_train_forward_*"))
-def test_train_forward_and_gradients(path, load_parity):
+def test_train_forward_and_gradients(path, load_parity, attention):
   z = load_parity(path)
   model, _ = weights.from_published(z.params())
+  model = with_attention(model, attention)
   graphdef, state = nnx.split(model, nnx.Param)
   params = nnx.to_pure_dict(state)
   x, w = channels_last(z["in/x"]), channels_last(z["in/w"])
@@ -114,10 +123,12 @@ def test_sublayers(path, load_parity):
     assert relative_error(x, z[f"out/block_{layer}"]) < 1e-5
 
 
+@ATTENTIONS
 @pytest.mark.parametrize("path", parity_files("arflow_recurrent_*"))
-def test_recurrent(path, load_parity):
+def test_recurrent(path, load_parity, attention):
   z = load_parity(path)
   model, shape = weights.from_published(z.params())
+  model = with_attention(model, attention)
   x, t = channels_last(z["in/x"]), z["in/t"]
   labels = jnp.asarray(z["in/y"])
   step = jax.jit(lambda x, t, state: model(x, t, labels, state))
@@ -266,3 +277,28 @@ def test_bad_shapes_are_refused_by_name(change, named):
 
   with pytest.raises(ConfigError, match=named):
     dataclasses.replace(GOLDEN, **change)
+
+
+def test_digits_learn_alike_through_the_kernel():
+  """The shipped digits config: loss and every gradient of a real batch."""
+  found = {}
+  for attention in ("xla", "pallas_tpu_interpret"):
+    config = get_config("digits")
+    config.model.attention = attention
+    branch = branches.build(config)
+    params = branch.init(jax.random.key(0))
+    rs = np.random.RandomState(0)  # away from the zeros of a fresh network
+    params = jax.tree.map(
+      lambda p, rs=rs: p + 0.05 * rs.standard_normal(p.shape).astype("f"),
+      params,
+    )
+    batch = next(pipeline.train_batches(config, 0))
+    batch = jax.tree.map(jnp.asarray, batch)
+    keys = jax.random.split(jax.random.key(1), config.batch_size)
+
+    def mean(params, batch, keys, branch=branch):
+      return jnp.mean(branch.loss(params, batch, keys))
+
+    found[attention] = jax.jit(jax.value_and_grad(mean))(params, batch, keys)
+  for wanted, ours in zip(*map(jax.tree.leaves, found.values())):
+    assert relative_error(ours, wanted) < 1e-4

@@ -126,8 +126,11 @@ def hybrid_attention(
     )
     name = "xla"
   fused = name.startswith("pallas")  # with norms and gate, or without
+  by_image = (batch, num_chunks, length // num_chunks, width)
   if normalize and not fused:
-    q, k, v = map(_rms_norm, (q, k, v))
+    q, k, v = (
+      _rms_norm(x.reshape(by_image)).reshape(x.shape) for x in (q, k, v)
+    )
   operands = dict(q=q, k=k, v=v, log_gate=log_gate, state=state)
   if fused:
     scales = _inverse_rms(q, k, v) if normalize else None
@@ -139,8 +142,9 @@ def hybrid_attention(
     heads,
   )
   if output_gate is not None and not fused:
-    by_head = _rms_norm(out.reshape(batch, length, heads, head))
-    out = by_head.reshape(out.shape) * jax.nn.silu(output_gate)
+    by_head = _rms_norm(out.reshape(batch, num_chunks, -1, heads, head))
+    gate = jax.nn.silu(output_gate.reshape(by_image))
+    out = (by_head.reshape(by_image) * gate).reshape(out.shape)
   return out, state
 
 
