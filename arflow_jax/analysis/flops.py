@@ -15,8 +15,8 @@ def count(function: Callable[..., Any], *args: Any) -> int:
   """FLOPs of one call of `function`; `args` may be `ShapeDtypeStruct`s.
 
   Raises:
-    ValueError: a `while` loop, whose length the program does not tell, or a
-      `cond` whose branches cost differently, or a Pallas kernel.
+    ValueError: a `while` loop, whose length the program does not tell, a `cond`
+      whose branches cost differently, or a Pallas kernel that declares nothing.
   """
   return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -40,7 +40,10 @@ def _equation(equation) -> int:
     outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
     return 2 * equation.outvars[0].aval.size * kernel.size // outputs
   if name == "pallas_call":
-    raise ValueError("cannot count a Pallas kernel: count its XLA form")
+    # A kernel's own products tell nothing: it may compute some of them twice.
+    if (cost := params["cost_estimate"]) is None:
+      raise ValueError("cannot count a Pallas kernel without a cost_estimate")
+    return cost.flops
   if name == "cond":
     costs = {_jaxpr(branch.jaxpr) for branch in params["branches"]}
     if len(costs) > 1:
@@ -49,7 +52,16 @@ def _equation(equation) -> int:
   inner = [_jaxpr(sub) for sub in _inner(params)]
   if name == "while" and any(inner):
     raise ValueError("cannot count a while loop: its length is not known")
-  return sum(inner) * (params["length"] if name == "scan" else 1)
+  return sum(inner) * _times(name, params)
+
+
+def _times(name: str, params) -> int:
+  if name == "scan":
+    return params["length"]
+  if name == "shard_map":  # what is inside is one device's share
+    sizes = params["mesh"].shape
+    return math.prod(sizes[axis] for axis in params["newly_manual_axes"])
+  return 1
 
 
 def _inner(params):

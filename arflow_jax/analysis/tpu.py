@@ -237,16 +237,10 @@ def _call(params) -> Call:
 
 
 def _indices(index_map, programs) -> np.ndarray:
-  """What an index map says of each program, by evaluating its equations."""
-  where = jax.jit(jax.vmap(lambda program: _evaluate(index_map, program)))
-  return np.stack([np.asarray(axis) for axis in where(programs)], axis=1)
-
-
-def _evaluate(index_map, program) -> list:
-  jaxpr, constants = index_map.jaxpr, index_map.consts
-  return jax.extend.core.jaxpr_as_fun(
-    jax.extend.core.ClosedJaxpr(jaxpr, constants)
-  )(*program)
+  """What an index map says of each program."""
+  where = jax.extend.core.jaxpr_as_fun(index_map)
+  found = jax.vmap(lambda program: where(*program))(programs)
+  return np.stack([np.asarray(axis) for axis in found], axis=1)
 
 
 def _pallas_calls(jaxpr) -> Iterator[Any]:

@@ -3,10 +3,14 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from arflow_jax import branches
 from arflow_jax.analysis import flops
+from arflow_jax.kernels.hybrid_attention import cases, hybrid_attention
+from arflow_jax.kernels.hybrid_attention.cases import SMALL
 from configs.arflow import get_config
+from tests.kernels.hybrid_attention import float64
 
 A = jax.ShapeDtypeStruct((3, 4), jnp.float32)
 B = jax.ShapeDtypeStruct((4, 5), jnp.float32)
@@ -102,3 +106,38 @@ def test_sampling_costs_its_network_calls(changes, calls):
     lambda *args: branch.sample(*args, settings), params, keys, jnp.arange(3)
   )
   assert abs(counted / (3 * calls * _per_image(branch.shape)) - 1) < 0.02
+
+
+def test_kernels_count_what_their_xla_form_counts():
+  """For every form of the operator, also in shards."""
+  case = SMALL[2]
+  given = float64.inputs(case)
+  given = {n: jnp.asarray(given[n]) for n in ("q", "k", "v", "log_gate")}
+
+  def counted(implementation):
+    def attend(given):
+      return hybrid_attention(
+        **given, num_chunks=case.images, implementation=implementation
+      )
+
+    return flops.count(attend, given)
+
+  wanted = cases.flops(case, backward=False)
+  triangle = 2 * case.batch * case.images * case.heads * case.tokens**2
+  mesh = AbstractMesh((1, 1), ("data", "fsdp"), (AxisType.Auto,) * 2)
+  for name in ("xla", "pallas_tpu_interpret"):
+    assert counted(name) == wanted + triangle
+    with jax.sharding.use_abstract_mesh(mesh):
+      assert counted(name) == wanted + triangle
+
+
+def test_shards_count_on_every_device():
+  mesh = AbstractMesh((2, 3), ("x", "y"), (AxisType.Auto,) * 2)
+  square = jax.ShapeDtypeStruct((6, 4, 4), jnp.float32)
+  spec = PartitionSpec(("x", "y"))
+
+  def shards(m):
+    inner = lambda m: m @ m
+    return jax.shard_map(inner, mesh=mesh, in_specs=spec, out_specs=spec)(m)
+
+  assert flops.count(shards, square) == 6 * 2 * 4**3

@@ -164,6 +164,8 @@ def _in_shards(
 ) -> tuple[Array, Array]:
   """Calls `function` with the operands, on each device with its own."""
   batch_axes, heads_axes, sizes = _mesh_axes()
+  if math.prod(sizes.values()) == 1:
+    return function(**operands)
   if batch % math.prod(sizes[axis] for axis in batch_axes):
     batch_axes = ()
   if heads % math.prod(sizes[axis] for axis in heads_axes):

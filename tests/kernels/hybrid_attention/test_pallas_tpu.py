@@ -16,6 +16,7 @@ from arflow_jax.kernels.hybrid_attention.cases import (
   PUBLISHED_HEADS,
   SMALL,
   Case,
+  floor_bytes,
   published,
 )
 from arflow_jax.kernels.hybrid_attention.pallas_tpu import (
@@ -142,30 +143,10 @@ def test_every_published_size_compiles(
   check_compiled(dump, case, dtype, chip, None, gated)
 
 
-def _floor(case, dtype, gated, backward):
-  """Bytes of every operand read once and every result written once."""
-  size = jnp.dtype(dtype).itemsize
-  length = case.batch * case.images * case.tokens
-  tokens = length * case.heads * case.head * size
-  gates = length * case.heads * 4
-  memory = case.batch * case.heads * case.head**2 * 4
-  forward = (4 + gated) * tokens + gates + 2 * memory
-  if not backward:
-    return forward
-  # Gradients of all operands, from those of the results.
-  return (
-    forward
-    + (3 + gated) * tokens
-    + gates
-    + memory
-    + ((3 + gated) * tokens + gates + tokens + memory)
-  )
-
-
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=["bf16", "f32"])
 @pytest.mark.parametrize(("tokens", "images"), [(64, 5), (256, 5), (256, 1)])
-@pytest.mark.parametrize("size", PUBLISHED_HEADS)
+@pytest.mark.parametrize("size", ["S", "XL"])
 def test_bytes_stay_close_to_the_floor(size, tokens, images, dtype, gated):
   """Forward within 1.15, forward and backward within 1.4 of it."""
   case = published(size, tokens, images, batch=4)
@@ -181,8 +162,12 @@ def test_bytes_stay_close_to_the_floor(size, tokens, images, dtype, gated):
   with jax.sharding.use_abstract_mesh(mesh):
     first = sum(call.moved for call in tpu.calls(forward, *few))
     total = sum(call.moved for call in tpu.calls(both, *args))
-  assert 0.9 < first / _floor(case, dtype, gated, False) < 1.15
-  assert 1.0 < total / _floor(case, dtype, gated, True) < 1.4
+  size = jnp.dtype(dtype).itemsize
+  floor = lambda backward: floor_bytes(
+    case, size, fused=gated, backward=backward
+  )
+  assert 1 <= first / floor(False) < 1.15
+  assert 1 <= total / floor(True) < 1.4
 
 
 @pytest.mark.parametrize("groups", [1, 2])
