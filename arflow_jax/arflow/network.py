@@ -91,7 +91,7 @@ class Shape:
     return self.image_size // self.patch_size
 
 
-State = Float[Array, "L B H D D"]
+State = Float[Array, "L B ..."]  # [L, B, H, D, D] unless it is opaque
 
 
 class HybridAttention(nnx.Module):
@@ -115,14 +115,16 @@ class HybridAttention(nnx.Module):
     self,
     u: Float[Array, "B S N E"],
     c: Float[Array, "B S E"],
-    state: Float[Array, "B H D D"] | None,
-  ) -> tuple[Float[Array, "B S N E"], Float[Array, "B H D D"]]:
+    state: Float[Array, "B ..."] | None,
+    opaque_state: bool = False,
+  ) -> tuple[Float[Array, "B S N E"], Float[Array, "B ..."]]:
     """Attends inside each image and reads, then updates, the layer's state.
 
     Args:
       u: modulated tokens.
       c: the raw condition of each image; it biases the decay of the state.
       state: memory of the images before these; None stands for an empty one.
+      opaque_state: see `hybrid_attention`.
     """
     batch, images, tokens, width = u.shape
     q, k, v, output_gate = (
@@ -141,6 +143,7 @@ class HybridAttention(nnx.Module):
       num_chunks=images,
       normalize=True,  # over the whole width, before the head split
       output_gate=output_gate,
+      opaque_state=opaque_state,
       implementation=self.shape.attention,
     )
     return self.out_proj(out.reshape(u.shape)), state
@@ -165,12 +168,13 @@ class Block(nnx.Module):
     self,
     x: Float[Array, "B S N E"],
     c: Float[Array, "B S E"],
-    state: Float[Array, "B H D D"] | None,
-  ) -> tuple[Float[Array, "B S N E"], Float[Array, "B H D D"]]:
+    state: Float[Array, "B ..."] | None,
+    opaque_state: bool = False,
+  ) -> tuple[Float[Array, "B S N E"], Float[Array, "B ..."]]:
     mod = jnp.split(self.modulation(jax.nn.silu(c)), 6, axis=-1)
     shift1, scale1, gate1, shift2, scale2, gate2 = mod
     u = layers.modulate(layers.layer_norm(x), shift1, scale1)
-    out, state = self.attention(u, c, state)
+    out, state = self.attention(u, c, state, opaque_state)
     x += gate1[:, :, None] * out
     u = layers.modulate(layers.layer_norm(x), shift2, scale2)
     return x + gate2[:, :, None] * self.mlp(u), state
@@ -219,6 +223,8 @@ class ARFlow(nnx.Module):
     t: Float[Array, "B S"],
     labels: Int[Array, "B"],
     state: State | None = None,
+    *,
+    opaque_state: bool = False,
   ) -> tuple[Float[Array, "B S h w C"], State]:
     """Velocity of every image, and the state of every layer after the last.
 
@@ -227,6 +233,8 @@ class ARFlow(nnx.Module):
       t: the time of each image, 0 noise to 1 data.
       labels: one class per sequence; `num_classes` is the null class.
       state: what an earlier call returned, or None at the start of a sequence.
+      opaque_state: the state comes and goes as the attention's implementation
+        holds it, layers and batch first; what samplers want.
 
     Returns:
       float32 velocities shaped like `x`, and the state to pass to the next call
@@ -241,7 +249,7 @@ class ARFlow(nnx.Module):
 
     def block(tokens, layer):
       params, state = layer
-      return nnx.merge(graphdef, params)(tokens, c, state)
+      return nnx.merge(graphdef, params)(tokens, c, state, opaque_state)
 
     block = remat.POLICIES[shape.remat](block)
     tokens, state = jax.lax.scan(block, tokens, (blocks, state))

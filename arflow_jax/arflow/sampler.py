@@ -94,7 +94,7 @@ def guided_velocity(
   labels: Int[Array, "B"],
   guidance: guidance_lib.Guidance,
   times: Float[np.ndarray, "K"],
-) -> tuple[list[solvers.Velocity], Float[Array, "L R H D D"]]:
+) -> tuple[list[solvers.Velocity], Float[Array, "L R ..."]]:
   """The network as a velocity for each time, and the carry to start from.
 
   The carry is the state of every layer for R rows: B without guidance, 2B with
@@ -106,7 +106,7 @@ def guided_velocity(
 
   def call(x, t, labels, state):
     t = jnp.full((x.shape[0], 1), t)
-    v, state = network(x[:, None], t, labels, state)
+    v, state = network(x[:, None], t, labels, state, opaque_state=True)
     return v[:, 0], state
 
   def pair(x, t, state):
@@ -120,9 +120,9 @@ def guided_velocity(
 
   velocities = guidance_lib.guide(pair, single, guidance, times)
   rows = batch if all(v is single for v in velocities) else 2 * batch
-  head = shape.width // shape.num_heads
-  state = jnp.zeros((shape.depth, rows, shape.num_heads, head, head))
-  return velocities, state
+  image = jnp.zeros((rows, shape.image_size, shape.image_size, shape.channels))
+  like = jax.eval_shape(call, image, 0.0, jnp.zeros(rows, jnp.int32), None)[1]
+  return velocities, jnp.zeros(like.shape, like.dtype)
 
 
 def sample(

@@ -11,7 +11,7 @@ from arflow_jax.errors import ConfigError
 from arflow_jax.flow import solvers
 from arflow_jax.flow.guidance import Guidance
 from configs.arflow import get_config
-from tests.arflow.helpers import golden_network
+from tests.arflow.helpers import golden_network, with_attention
 from tests.conftest import (
   channels_first,
   channels_last,
@@ -48,9 +48,10 @@ def _chain(model, z, labels, noise, guidance, times, **kwargs):
   return final, calls
 
 
-def test_golden_sample():
+@pytest.mark.parametrize("attention", [None, "pallas_tpu_interpret"])
+def test_golden_sample(attention):
   rs = np.random.RandomState(1234)
-  model = golden_network(rs)
+  model = with_attention(golden_network(rs), attention)
   rs.standard_normal((2, 5, 4, 8, 8))
   rs.uniform(size=(2, 5))
   z = rs.standard_normal((2, 4, 8, 8)).astype(np.float32)

@@ -35,13 +35,14 @@ def hybrid_attention(
   k: Float[Array, "B T HD"],
   v: Float[Array, "B T HD"],
   log_gate: Float[Array, "B T H"],
-  state: Float[Array, "B H D D"] | None = None,
+  state: Float[Array, "B H D D"] | Float[Array, "B ..."] | None = None,
   *,
   num_chunks: int,
   normalize: bool = False,
   output_gate: Float[Array, "B T HD"] | None = None,
+  opaque_state: bool = False,
   implementation: str | None = None,
-) -> tuple[Float[Array, "B T HD"], Float[Array, "B H D D"]]:
+) -> tuple[Float[Array, "B T HD"], Float[Array, "B ..."]]:
   """Softmax attention inside each chunk plus a gated read of earlier chunks.
 
   With `S = num_chunks` images of `N = T / S` tokens, per head and image s:
@@ -69,6 +70,9 @@ def hybrid_attention(
       H*D features, eps 1e-6, no gain.
     output_gate: if given, the output is `rms_norm(out) * silu(output_gate)`,
       the norm over the features of each head with eps 1e-6 and no gain.
+    opaque_state: the memory comes and goes as the implementation holds it,
+      batch first, which spares a conversion each way: hand back what the call
+      before returned. By default it is [B, H, D, D].
     implementation: `reference` (plain float32, slow), `xla` (fast on every
       platform), `xla_cudnn` (the same with cuDNN's attention inside images),
       `pallas_tpu`, `pallas_tpu_interpret` (the same on any machine, very slow),
@@ -100,7 +104,7 @@ def hybrid_attention(
   head = width // heads
   if output_gate is not None:
     shapes["output_gate"], wanted["output_gate"] = output_gate.shape, q.shape
-  if state is not None:
+  if state is not None and not opaque_state:
     shapes["state"], wanted["state"] = state.shape, (batch, heads, head, head)
   for name, shape in shapes.items():
     if shape != wanted[name]:
@@ -135,8 +139,11 @@ def hybrid_attention(
   if fused:
     scales = _inverse_rms(q, k, v) if normalize else None
     operands |= dict(output_gate=output_gate, scales=scales)
+  function = functools.partial(IMPLEMENTATIONS[name], num_chunks=num_chunks)
+  if fused:
+    function = functools.partial(function, packed=opaque_state)
   out, state = _in_shards(
-    functools.partial(IMPLEMENTATIONS[name], num_chunks=num_chunks),
+    function,
     operands,
     batch,
     heads,

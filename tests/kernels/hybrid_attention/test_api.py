@@ -182,12 +182,15 @@ def test_published(path, load_parity, implementation):
         assert relative_error(grads[4], wanted) < 1e-5
 
 
+@pytest.mark.parametrize("opaque", [False, True], ids=["public", "opaque"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_state_is_right_for_any_number_of_chunks_per_call(implementation):
-  case = SMALL[0]
+def test_state_is_right_for_any_number_of_chunks_per_call(
+  implementation, opaque
+):
+  case = SMALL[2]
+  case = case._replace(images=5)
   given = float64.inputs(case)
   names = ("q", "k", "v", "log_gate", "output_gate")
-  state = jnp.asarray(given["state"])
 
   @jax.jit
   def run(tokens, state):
@@ -195,11 +198,12 @@ def test_state_is_right_for_any_number_of_chunks_per_call(implementation):
       **tokens,
       state=state,
       num_chunks=tokens["q"].shape[1] // case.tokens,
+      opaque_state=opaque,
       implementation=implementation,
     )
 
-  whole, last = run({name: given[name] for name in names}, state)
-  outs, start = [], 0
+  whole, last = run({name: given[name] for name in names}, None)
+  outs, start, state = [], 0, None
   for images in (2, 1, 2):
     stop = start + images * case.tokens
     part = {name: given[name][:, start:stop] for name in names}

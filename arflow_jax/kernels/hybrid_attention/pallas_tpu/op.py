@@ -20,16 +20,20 @@ def hybrid_attention(
   k: Float[Array, "B T HD"],
   v: Float[Array, "B T HD"],
   log_gate: Float[Array, "B T H"],
-  state: Float[Array, "B H D D"] | None = None,
+  state: Float[Array, "B ..."] | None = None,
   output_gate: Float[Array, "B T HD"] | None = None,
   scales: Float[Array, "B 3 T"] | None = None,
   *,
   num_chunks: int,
+  packed: bool = False,
   interpret=False,
-) -> tuple[Float[Array, "B T HD"], Float[Array, "B H D D"]]:
+) -> tuple[Float[Array, "B T HD"], Float[Array, "B ..."]]:
   """See `api.hybrid_attention`; products in the type of q, sums in float32.
 
   Args:
+    output_gate: see there.
+    scales: factors of each token of q, k and v.
+    packed: the state is `Arrays.memory`, in and out, and not [B, H, D, D].
     interpret: of `pallas_call`: True or `pltpu.InterpretParams` run the kernels
       on any machine, slowly.
   """
@@ -50,14 +54,14 @@ def hybrid_attention(
   triangle = jnp.tril(jnp.ones((plan.tokens, plan.tokens), jnp.float32))
   read = jnp.exp(jnp.einsum("nm,bsmh->bshn", triangle, g, precision="highest"))
   decay = jnp.repeat(jnp.exp(g.mean(2)), plan.head, axis=-1)[:, :, None]
-  packed = None if state is None else _pack(state, plan)
+  memory = state if packed or state is None else _pack(state, plan)
   if scales is None:
     scales = jnp.ones((batch, 3, length), jnp.float32)
   scales = scales.reshape(batch, 3, num_chunks, -1).swapaxes(1, 2)
   out, final = _attend(
-    plan, interpret, q, k, v, scales, read, decay, output_gate, packed
+    plan, interpret, q, k, v, scales, read, decay, output_gate, memory
   )
-  return out, _unpack(final, plan)
+  return out, final if packed else _unpack(final, plan)
 
 
 def _pack(state, plan):
