@@ -49,7 +49,9 @@ def get_config(variant: str = "digits") -> ConfigDict:
       "label_dropout": 0.1,
       "dtype": "float32",  # of matrix products: or "bfloat16"
       "remat": "dots",  # or "none", "full"
-      "attention": config_dict.placeholder(str),  # None: the best known
+      # "reference", "xla", "xla_cudnn", "pallas_tpu", "pallas_tpu_interpret" or
+      # None: the best known for platform and size.
+      "attention": config_dict.placeholder(str),
     }
   )
   config.sample = ConfigDict(

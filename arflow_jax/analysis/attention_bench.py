@@ -6,6 +6,7 @@ model's FLOPs and for operands and results moved once.
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -130,10 +131,7 @@ def timed(
     ConfigError: a named implementation that cannot run here.
   """
   known = [name for name in package.IMPLEMENTATIONS if "interpret" not in name]
-  for name in names or []:
-    for problem in problems:
-      if reason := problem.misfit(name):
-        raise ConfigError(f"--implementations={name}: {reason}")
+  _check(problems, names or [])
   product, copy = _product_rate(problems[0].dtype), _copy_rate()
   rows = []
   for problem in tqdm.tqdm(problems, unit="problem", leave=False):
@@ -175,6 +173,13 @@ def timed(
   }
 
 
+def _check(problems: list[Problem], names: list[str]) -> None:
+  for name in names:
+    for problem in problems:
+      if reason := problem.misfit(name):
+        raise ConfigError(f"--implementations={name}: {reason}")
+
+
 def _draw(shapes):
   q, k, v, log_gate, gate = (
     jax.random.normal(jax.random.key(i), s.shape, s.dtype)
@@ -209,12 +214,27 @@ def _temporary(compiled: Any) -> float:
   return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
-def static(problems: list[Problem], chip: str, dump: str) -> dict[str, Any]:
-  """What the compiler says of the XLA form and of the kernels on one chip."""
+def static(
+  problems: list[Problem], names: list[str] | None, chip: str, dump: str
+) -> dict[str, Any]:
+  """What the compiler says of implementations on one chip.
+
+  Args:
+    problems: what to compile.
+    names: implementations, or None for the XLA form and the kernels.
+    chip: a key of `tpu.CHIPS`.
+    dump: the folder that `tpu.prepare` was given.
+
+  Raises:
+    ConfigError: a named implementation that cannot serve.
+  """
   mesh = tpu.chip(chip)
+  names = names or ["xla", "pallas_tpu"]
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    _check(problems, names)
   rows = []
   for problem in tqdm.tqdm(problems, unit="problem", leave=False):
-    for name in ("xla", "pallas_tpu"):
+    for name in names:
       function, args = problem.function(name), problem.arguments
       compiled = tpu.compile_for(mesh, function, *args)
       cycles, _ = tpu.estimated_cycles(compiled)
@@ -256,34 +276,36 @@ def steps(
   Raises:
     ConfigError: a batch that 256 chips do not divide.
   """
+  for batch in batches:
+    if batch % 256 or batch < 1:
+      raise ConfigError(f"--step_batch={batch} is not a multiple of 256")
   mesh = tpu.pod(_PODS[chip], (16, 16), ("data", "fsdp"))
   rows = []
-  for batch in batches:
-    if batch % 256:
-      raise ConfigError(f"--step_batch={batch} is not a multiple of 256")
-    for name in ("xla", "pallas_tpu"):
-      config = config.copy_and_resolve_references()
-      config.unlock()
-      config.batch_size = batch
-      config.model.update(dtype="bfloat16", remat="full", attention=name)
-      begin = time.monotonic()
-      compiled, bundles = _compile_step(config, mesh, dump)
-      cycles, runs = tpu.estimated_cycles(compiled)
-      own = sum(runs[kernel] * bundles[kernel] for kernel in runs)
-      rows.append(
-        {
-          "batch": batch,
-          "implementation": name,
-          "XLA cycles": cycles,
-          "kernel cycles": own,
-          "cycles": cycles + own,
-          "temporary MiB": _temporary(compiled),
-          "compile s": time.monotonic() - begin,
-        }
-      )
-      if name == "xla":
-        whole = rows[-1]["cycles"]
-      rows[-1]["against xla"] = f"{rows[-1]['cycles'] / whole - 1:+.1%}"
+  todo = list(itertools.product(batches, ("xla", "pallas_tpu")))
+  for batch, name in tqdm.tqdm(todo, unit="train step", leave=False):
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    config.batch_size = batch
+    config.model.update(dtype="bfloat16", remat="full", attention=name)
+    begin = time.monotonic()
+    compiled, bundles = _compile_step(config, mesh, dump)
+    cycles, runs = tpu.estimated_cycles(compiled)
+    own = sum(runs[kernel] * bundles[kernel] for kernel in runs)
+    total = cycles + own
+    if name == "xla":
+      whole = total
+    rows.append(
+      {
+        "batch": batch,
+        "implementation": name,
+        "XLA cycles": cycles,
+        "kernel cycles": own,
+        "cycles": total,
+        "against xla": f"{total / whole - 1:+.1%}",
+        "temporary MiB": _temporary(compiled),
+        "compile s": time.monotonic() - begin,
+      }
+    )
   return {"machine": f"{_PODS[chip]}, {tpu.version()}", "rows": rows}
 
 

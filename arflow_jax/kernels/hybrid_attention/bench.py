@@ -47,7 +47,7 @@ def _report(args, dump: str | None) -> None:
   if dump is None:
     measured = bench.timed(problems, args.implementations, args.repeats)
   else:
-    measured = bench.static(problems, args.topology, dump)
+    measured = bench.static(problems, args.implementations, args.topology, dump)
   print(bench.table(measured))
   if dump is not None and args.step:
     measured["step"] = bench.steps(
@@ -72,7 +72,9 @@ if __name__ == "__main__":
     "With norms and output gate, as ARFlow calls it, or without.",
   )
   flags.DEFINE_list(
-    "implementations", None, "Names; all that can run here by default."
+    "implementations",
+    None,
+    "Names; by default all that can run here, or xla,pallas_tpu.",
   )
   flags.DEFINE_integer("repeats", 10, "Timed calls of each.", lower_bound=3)
   flags.DEFINE_enum(
