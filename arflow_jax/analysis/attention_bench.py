@@ -8,6 +8,7 @@ model's FLOPs and for operands and results moved once.
 import dataclasses
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -215,7 +216,10 @@ def _temporary(compiled: Any) -> float:
 
 
 def static(
-  problems: list[Problem], names: list[str] | None, chip: str, dump: str
+  problems: list[Problem],
+  names: list[str] | None,
+  chip: str,
+  dump: str | os.PathLike,
 ) -> dict[str, Any]:
   """What the compiler says of implementations on one chip.
 
@@ -239,7 +243,6 @@ def static(
       compiled = tpu.compile_for(mesh, function, *args)
       cycles, _ = tpu.estimated_cycles(compiled)
       row = problem.row(name)
-      moved = compiled.cost_analysis()["bytes accessed"]
       if name == "pallas_tpu":
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
           calls = tpu.calls(function, *args)
@@ -249,12 +252,15 @@ def static(
         moved = sum(kernel.call.moved for kernel in kernels)
         cycles += sum(bundles)
         row |= {
+          "kernel bytes / floor": moved / problem.floor_bytes,
           "bundles an image": " + ".join(f"{b // images}" for b in bundles),
           "VMEM MiB": max(kernel.vmem for kernel in kernels) / 2**20,
         }
       row |= {
         "cycles": cycles,
-        "bytes / floor": moved / problem.floor_bytes,
+        "program bytes / floor": (
+          compiled.cost_analysis()["bytes accessed"] / problem.floor_bytes
+        ),
         "temporary MiB": _temporary(compiled),
       }
       rows.append(row)
@@ -269,7 +275,7 @@ def static(
 
 
 def steps(
-  config: ConfigDict, chip: str, batches: list[int], dump: str
+  config: ConfigDict, chip: str, batches: list[int], dump: str | os.PathLike
 ) -> dict[str, Any]:
   """Estimated cycles of a train step on 256 chips, full remat, bfloat16.
 
@@ -309,7 +315,9 @@ def steps(
   return {"machine": f"{_PODS[chip]}, {tpu.version()}", "rows": rows}
 
 
-def _compile_step(config: ConfigDict, mesh, dump: str) -> tuple[Any, dict]:
+def _compile_step(
+  config: ConfigDict, mesh, dump: str | os.PathLike
+) -> tuple[Any, dict]:
   """The compiled step, and bundles of a whole call of each of its kernels."""
   branch = branches.build(config)
   tx = optimizer.make_optimizer(config.optimizer, branch.axes)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tqdm
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from arflow_jax import branches
@@ -107,6 +108,13 @@ def _train_speed(
   """The whole train step, update included, on random images."""
   micro_batch = config.batch_size // max(config.optimizer.accumulation, 1)
   mesh = mesh_lib.make_mesh(config.mesh, micro_batch)
+  with jax.set_mesh(mesh):  # as in the trainer
+    return _step_speed(branch, config, mesh, repeats)
+
+
+def _step_speed(
+  branch: branches.Branch, config: ConfigDict, mesh: Mesh, repeats: int
+) -> Speed:
   tx = optimizer.make_optimizer(config.optimizer, branch.axes)
   step = state.make_train_step(branch, tx, config)
   current = state.init_state(branch, tx, mesh, jax.random.key(0))

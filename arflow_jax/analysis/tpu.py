@@ -127,7 +127,11 @@ class Kernel:
 def kernels(
   compiled: Any, calls: list[Call], dump: str | os.PathLike
 ) -> list[Kernel]:
-  """The Pallas kernels of a compiled program, those of `calls`."""
+  """The Pallas kernels of a compiled program, those of `calls`.
+
+  Raises:
+    ValueError: a kernel that the program holds twice or not at all.
+  """
   found = {}
   for line in compiled.as_text().splitlines():
     if "tpu_custom_call" not in line:
@@ -136,10 +140,13 @@ def kernels(
     used = line[line.index('"used_scoped_memory_configs"') :]
     vmem = max(map(int, re.findall(r'"size":"(\d+)"', used)), default=0)
     found[name] = (bundles(name, dump), vmem)
-  return [
-    Kernel(call, *next(found[name] for name in found if call.name in name))
-    for call in calls
-  ]
+  matched = []
+  for call in calls:
+    names = [name for name in found if call.name in name]
+    if len(names) != 1:
+      raise ValueError(f"{call.name} is {names} in the program, not one kernel")
+    matched.append(Kernel(call, *found[names[0]]))
+  return matched
 
 
 def bundles(name: str, dump: str | os.PathLike) -> int:

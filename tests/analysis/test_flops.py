@@ -108,27 +108,27 @@ def test_sampling_costs_its_network_calls(changes, calls):
   assert abs(counted / (3 * calls * _per_image(branch.shape)) - 1) < 0.02
 
 
-def test_kernels_count_what_their_xla_form_counts():
-  """For every form of the operator, also in shards."""
-  case = SMALL[2]
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1)])
+def test_kernels_count_what_their_xla_form_counts(sizes):
+  """With norms and gate, on one device and in shards."""
+  case = SMALL[0]
   given = float64.inputs(case)
-  given = {n: jnp.asarray(given[n]) for n in ("q", "k", "v", "log_gate")}
-
-  def counted(implementation):
-    def attend(given):
-      return hybrid_attention(
-        **given, num_chunks=case.images, implementation=implementation
-      )
-
-    return flops.count(attend, given)
-
+  names = ("q", "k", "v", "log_gate", "output_gate")
+  given = {name: jnp.asarray(given[name]) for name in names}
   wanted = cases.flops(case, backward=False)
   triangle = 2 * case.batch * case.images * case.heads * case.tokens**2
-  mesh = AbstractMesh((1, 1), ("data", "fsdp"), (AxisType.Auto,) * 2)
+  mesh = AbstractMesh(sizes, ("data", "fsdp"), (AxisType.Auto,) * 2)
   for name in ("xla", "pallas_tpu_interpret"):
-    assert counted(name) == wanted + triangle
+
+    def attend(given, name=name):
+      return hybrid_attention(
+        **given, num_chunks=case.images, normalize=True, implementation=name
+      )
+
     with jax.sharding.use_abstract_mesh(mesh):
-      assert counted(name) == wanted + triangle
+      assert flops.count(attend, given) == wanted + triangle
+      in_shards = "shard_map" in str(jax.make_jaxpr(attend)(given))
+    assert in_shards == (sizes == (2, 1))
 
 
 def test_shards_count_on_every_device():

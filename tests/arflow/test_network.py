@@ -111,8 +111,8 @@ def test_sublayers(path, load_parity):
     attended = []
     inner = block.attention
 
-    def record(u, c, state, inner=inner, attended=attended):
-      out = inner(u, c, state)
+    def record(u, c, state, opaque, inner=inner, attended=attended):
+      out = inner(u, c, state, opaque)
       attended.append(out[0])
       return out
 

@@ -11,11 +11,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 from arflow_jax.errors import ConfigError
-from arflow_jax.kernels.hybrid_attention import pallas_tpu, reference, xla
+from arflow_jax.kernels.hybrid_attention import (
+  pallas_tpu,
+  reference,
+  shards,
+  xla,
+)
 
 IMPLEMENTATIONS: dict[str, Callable] = {
   "reference": reference.hybrid_attention,
@@ -26,8 +30,6 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     pallas_tpu.hybrid_attention, interpret=True
   ),
 }
-# The mesh axis that splits heads; every other axis splits the batch.
-HEADS_AXIS = "tensor"
 
 
 def hybrid_attention(
@@ -56,7 +58,8 @@ def hybrid_attention(
 
   Under an ambient mesh (`jax.set_mesh`) every device computes its own shard:
   heads over the mesh axis `tensor`, if there is one, the batch over all others.
-  Axes that do not divide are left to XLA, which kernels cannot be.
+  Axes that do not divide are left to XLA, which kernels cannot be: on several
+  TPUs the mesh must be set.
 
   Args:
     q: queries, heads packed: feature `h * D + d` belongs to head h.
@@ -79,11 +82,11 @@ def hybrid_attention(
       or None for the best one known. A name never falls back.
 
   Returns:
-    The output in the type of `v`, packed like the inputs, and the float32
-    memory after the last chunk.
+    The output in the type of q, packed like the inputs, and the float32 memory
+    after the last chunk.
 
   Raises:
-    ValueError: shapes that do not fit together.
+    ValueError: shapes or types that do not fit together.
     ConfigError: an unknown implementation, or one that cannot serve this size,
       this platform or this mesh.
   """
@@ -99,6 +102,11 @@ def hybrid_attention(
     )
   if log_gate.dtype != jnp.float32:
     raise ValueError(f"log_gate must be float32, got {log_gate.dtype}")
+  for name, x in dict(k=k, v=v, output_gate=output_gate).items():
+    if x is not None and x.dtype != q.dtype:
+      raise ValueError(f"{name} is {x.dtype}, q is {q.dtype}: cast them alike")
+  if state is not None and state.dtype != jnp.float32:
+    raise ValueError(f"state must be float32, got {state.dtype}")
   shapes = {"k": k.shape, "v": v.shape, "log_gate": log_gate.shape[:2]}
   wanted = {"k": q.shape, "v": q.shape, "log_gate": q.shape[:2]}
   head = width // heads
@@ -113,7 +121,7 @@ def hybrid_attention(
       )
   name = implementation
   if name is None:
-    name = "pallas_tpu" if _platform() == "tpu" else "xla"
+    name = "pallas_tpu" if shards.platform() == "tpu" else "xla"
   reason = misfit(
     name,
     tokens=length // num_chunks,
@@ -123,13 +131,24 @@ def hybrid_attention(
     batch=batch,
   )
   if reason and implementation:
-    raise ConfigError(f"implementation={name!r}: {reason}")
-  if reason:
-    warnings.warn(
-      f"hybrid attention takes the XLA form, not {name}: {reason}", stacklevel=2
+    raise ConfigError(
+      f"implementation={name!r}: {reason}; leave it out for the best there is"
     )
+  if reason:
+    _say_once(f"hybrid attention takes the XLA form, not {name}: {reason}")
     name = "xla"
   fused = name.startswith("pallas")  # with norms and gate, or without
+  if opaque_state and state is not None:
+    held = (batch, heads, head, head)
+    if fused:
+      held = pallas_tpu.Plan(
+        batch, 1, length, heads, head, q.dtype
+      ).arrays.memory.shape
+    if state.shape != held:
+      raise ValueError(
+        f"opaque state has shape {state.shape}, {name} holds {held}: hand back"
+        " what a call of the same implementation returned"
+      )
   by_image = (batch, num_chunks, length // num_chunks, width)
   if normalize and not fused:
     q, k, v = (
@@ -142,7 +161,7 @@ def hybrid_attention(
   function = functools.partial(IMPLEMENTATIONS[name], num_chunks=num_chunks)
   if fused:
     function = functools.partial(function, packed=opaque_state)
-  out, state = _in_shards(
+  out, state = shards.call(
     function,
     operands,
     batch,
@@ -155,6 +174,11 @@ def hybrid_attention(
   return out, state
 
 
+@functools.cache
+def _say_once(message: str) -> None:
+  warnings.warn(message, stacklevel=3)
+
+
 def _rms_norm(x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:
   x32 = x.astype(jnp.float32)
   scale = jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
@@ -164,37 +188,6 @@ def _rms_norm(x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:
 def _inverse_rms(*arrays: Float[Array, "B T HD"]) -> Float[Array, "B n T"]:
   squares = [jnp.square(x.astype(jnp.float32)).mean(-1) for x in arrays]
   return jax.lax.rsqrt(jnp.stack(squares, axis=1) + 1e-6)
-
-
-def _in_shards(
-  function: Callable, operands: dict[str, Array | None], batch: int, heads: int
-) -> tuple[Array, Array]:
-  """Calls `function` with the operands, on each device with its own."""
-  batch_axes, heads_axes, sizes = _mesh_axes()
-  if math.prod(sizes.values()) == 1:
-    return function(**operands)
-  if batch % math.prod(sizes[axis] for axis in batch_axes):
-    batch_axes = ()
-  if heads % math.prod(sizes[axis] for axis in heads_axes):
-    heads_axes = ()
-  if not batch_axes and not heads_axes:
-    return function(**operands)
-  tokens = PartitionSpec(batch_axes, None, heads_axes)
-  memory = PartitionSpec(batch_axes, heads_axes)
-  specs = dict.fromkeys(operands, tokens)
-  specs |= dict(state=memory)
-  if "scales" in specs:
-    specs["scales"] = PartitionSpec(batch_axes)
-  specs = {
-    name: None if operands[name] is None else specs[name] for name in operands
-  }
-  return jax.shard_map(
-    lambda operands: function(**operands),
-    in_specs=(specs,),
-    out_specs=(tokens, memory),
-    axis_names={*batch_axes, *heads_axes},
-    check_vma=False,
-  )(operands)
 
 
 def misfit(
@@ -220,8 +213,8 @@ def misfit(
     return f"unknown; choose from {sorted(IMPLEMENTATIONS)}"
   dtype = jnp.dtype(dtype)
   if implementation == "xla_cudnn":
-    if batch and _platform() not in ("gpu", "cuda"):
-      return f"it needs an NVIDIA GPU, this is a {_platform()}"
+    if batch and shards.platform() not in ("gpu", "cuda"):
+      return f"it needs an NVIDIA GPU, this is a {shards.platform()}"
     if dtype != jnp.bfloat16 or head % 8 or head > 128:
       return (
         f"cuDNN takes bfloat16 and head sizes that are multiples of 8 up to"
@@ -234,9 +227,11 @@ def misfit(
   )
   if batch is None:
     return plan(batch=1, heads=heads).misfit()
-  if implementation == "pallas_tpu" and _platform() != "tpu":
-    return f"it needs a TPU, this is a {_platform()}"
-  batch_axes, heads_axes, sizes = _mesh_axes()
+  if implementation == "pallas_tpu" and shards.platform() != "tpu":
+    return f"it needs a TPU, this is a {shards.platform()}"
+  if explicit := shards.explicit_axes():
+    return f"mesh axes {explicit} are explicit; make them AxisType.Auto"
+  batch_axes, heads_axes, sizes = shards.axes()
   across = math.prod(sizes[axis] for axis in batch_axes)
   if batch % across:
     return (
@@ -247,29 +242,7 @@ def misfit(
   whole = plan(batch=1, heads=heads)
   if whole.groups % tensor:
     return (
-      f"mesh axis {HEADS_AXIS}={tensor} does not divide the {whole.groups}"
-      f" groups of {whole.per_group} heads"
+      f"mesh axis {shards.HEADS_AXIS}={tensor} does not divide the"
+      f" {whole.groups} groups of {whole.per_group} heads"
     )
   return plan(batch=1, heads=heads // tensor).misfit()
-
-
-def _platform() -> str:
-  """Where the program will run: the ambient mesh knows, or else JAX."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device is not None else jax.default_backend()
-
-
-def _mesh_axes() -> tuple[tuple[str, ...], tuple[str, ...], dict[str, int]]:
-  """Axes of the ambient mesh that split batch and heads, and all sizes.
-
-  Those of size one too: a kernel wants to be told of every axis.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  free = [
-    name
-    for name, kind in zip(mesh.axis_names, mesh.axis_types)
-    if kind != AxisType.Manual
-  ]
-  batch = tuple(name for name in free if name != HEADS_AXIS)
-  heads = tuple(name for name in free if name == HEADS_AXIS)
-  return batch, heads, dict(mesh.shape)

@@ -203,6 +203,9 @@ def test_state_is_right_for_any_number_of_chunks_per_call(
     )
 
   whole, last = run({name: given[name] for name in names}, None)
+  held = (1, 2, 64, 128)  # two groups of two heads: [B, groups, D, lanes]
+  packed = opaque and implementation == "pallas_tpu_interpret"
+  assert last.shape == (held if packed else (1, 4, 64, 64))
   outs, start, state = [], 0, None
   for images in (2, 1, 2):
     stop = start + images * case.tokens
@@ -256,6 +259,18 @@ def test_no_state_is_a_state_of_zeros():
     ({"log_gate": jnp.zeros((2, 80, 2), jnp.bfloat16)}, "must be float32"),
     ({"state": jnp.zeros((2, 2, 16, 16))}, "state has shape"),
     ({"output_gate": jnp.zeros((2, 80, 32))}, "output_gate"),
+    (
+      {"v": jnp.zeros((2, 80, 64), jnp.bfloat16)},
+      "v is bfloat16, q is float32",
+    ),
+    (
+      {"state": jnp.zeros((2, 2, 32, 32), jnp.bfloat16)},
+      "state must be float32",
+    ),
+    (
+      {"state": jnp.zeros((2, 1, 32, 64)), "opaque_state": True},
+      r"opaque state has shape \(2, 1, 32, 64\), xla holds \(2, 2, 32, 32\)",
+    ),
     ({"implementation": "triton"}, "implementation='triton': unknown"),
     ({"implementation": "pallas_tpu"}, "'pallas_tpu': it needs a TPU, this is"),
     ({"implementation": "xla_cudnn"}, "'xla_cudnn': it needs an NVIDIA GPU"),

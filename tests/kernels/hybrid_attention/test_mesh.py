@@ -1,17 +1,25 @@
 """The operator on a mesh: the same numbers, and nothing gathered."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  NamedSharding,
+  PartitionSpec,
+)
 
 from arflow_jax.analysis import tpu
+from arflow_jax.kernels.hybrid_attention import api, misfit
 from arflow_jax.kernels.hybrid_attention.cases import published
 from tests.kernels.hybrid_attention.test_pallas_tpu import BFLOAT16, problem
 
@@ -103,13 +111,15 @@ def test_nothing_is_gathered(dump, tensor):
   compiled = tpu.compile_for(mesh, both, *jax.tree.map(place, args))
   text = compiled.as_text()
   assert text.count("tpu_custom_call") == 2
-  moving = set(
-    re.findall(
-      r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)",
-      text,
-    )
+  moves = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
+  moving = re.findall(rf"= (.*?) ({moves})(?:-start)?\(", text)
+  assert {kind for _, kind in moving} == (
+    set() if tensor == 1 else {"all-reduce"}
   )
-  assert moving == (set() if tensor == 1 else {"all-reduce"})
+  for shapes, _ in moving:  # numbers per token, not per feature
+    for shape in re.findall(r"\[([\d,]*)\]", shapes):
+      elements = math.prod(map(int, shape.split(",")))
+      assert elements <= 3 * case.batch * case.images * case.tokens
 
 
 def test_what_does_not_divide_is_said_once(dump):
@@ -119,6 +129,28 @@ def test_what_does_not_divide_is_said_once(dump):
   )
   mesh = topologies.make_mesh(topology, (2, 2), AXES)
   _, _, both, args = problem(published("S", 16, 2, batch=4), BFLOAT16)
-  with pytest.warns(UserWarning, match="tensor=2 does not divide the 3 groups"):
-    compiled = tpu.compile_for(mesh, both, *args)
+  said = "tensor=2 does not divide the 3 groups"
+
+  def twice(args, d_out, d_state):
+    return both(args, d_out, d_state), both(args, d_state=d_state, d_out=d_out)
+
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    api._say_once.cache_clear()
+    compiled = tpu.compile_for(mesh, twice, *args)
+  assert [said in str(warning.message) for warning in caught] == [True]
   assert "tpu_custom_call" not in compiled.as_text()
+
+
+def test_explicit_axes_are_refused_by_name():
+  mesh = AbstractMesh((2,), ("data",), (AxisType.Explicit,))
+  with jax.sharding.use_abstract_mesh(mesh):
+    reason = misfit(
+      "pallas_tpu_interpret",
+      tokens=16,
+      heads=2,
+      head=64,
+      dtype="float32",
+      batch=2,
+    )
+  assert "mesh axes ('data',) are explicit" in reason

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from arflow_jax.analysis import tpu
+from arflow_jax.analysis import attention_bench, tpu
 from arflow_jax.kernels.hybrid_attention import hybrid_attention
 from arflow_jax.kernels.hybrid_attention.cases import (
   PUBLISHED_HEADS,
@@ -26,6 +26,7 @@ from arflow_jax.kernels.hybrid_attention.pallas_tpu import (
   forward as forward_lib,
 )
 from arflow_jax.kernels.hybrid_attention.pallas_tpu import plan as plan_lib
+from configs.arflow import get_config
 from tests.conftest import relative_error
 from tests.kernels.hybrid_attention import float64
 from tests.kernels.hybrid_attention.test_api import run
@@ -82,15 +83,17 @@ def test_every_published_size_lowers(size, chip):
     assert exported.mlir_module().count("tpu_custom_call") == 2
 
 
-# batch, images, tokens, heads, head; type; chip; bundles an image each way.
+# Case; type; chip; limits of bundles an image, each way: about 5% above what
+# libtpu 0.0.42 counts of the form with norms and gate.
 COMPILED = [
-  (published("XL", 256, 5, 32), BFLOAT16, "v5e", (10_000, 21_000)),
-  (published("XL", 64, 5, 32), BFLOAT16, "v5e", (2_500, 5_250)),
+  (published("XL", 256, 5, 32), BFLOAT16, "v5e", (7_300, 16_400)),
+  (published("XL", 64, 5, 32), BFLOAT16, "v5e", (2_300, 4_600)),
   (published("XL", 256, 1, 8), BFLOAT16, "v6e", None),
   (published("B", 256, 5, 8), BFLOAT16, "v5p", None),
   (published("S", 256, 5, 8), FLOAT32, "v5e", None),
   (Case(4, 2, 144, 8, 32), BFLOAT16, "v5e", None),
   (Case(4, 2, 16, 2, 128), BFLOAT16, "v5e", None),
+  (Case(4, 2, 256, 8, 128), FLOAT32, "v5e", None),
 ]
 
 
@@ -121,8 +124,9 @@ def check_compiled(dump, case, dtype, chip, limits, gated):
   ]
   activation = math.prod(args[1].shape)
   assert tpu.copies(compiled, activation) == []
-  for kernel in kernels:
-    assert 0 < kernel.vmem < 16 * 2**20  # the default limit of v5e and v5p
+  if case.head == 64 and case.tokens <= 256:  # others ask for more
+    for kernel in kernels:
+      assert 0 < kernel.vmem < 16 * 2**20  # the default limit of v5e and v5p
   if limits:
     images = case.batch * case.images
     for kernel, limit in zip(kernels, limits):
@@ -185,33 +189,89 @@ def test_groups_may_be_cut_into_programs(groups, monkeypatch):
     assert relative_error(grad, wanted[name]) < 1e-5, name
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("case", [SMALL[0], SMALL[2]], ids=lambda c: c.name)
-def test_no_races_and_no_unwritten_memory(case, capfd):
+def test_no_races_and_no_unwritten_memory(case, full, capfd, monkeypatch):
   """The kernels alone: interpreted so, they do not go with jax.checkpoint."""
-  plan = plan_lib.Plan(*case, jnp.dtype("float32"), gated=True, stateful=True)
+  plan = plan_lib.Plan(*case, jnp.dtype("float32"), gated=full, stateful=full)
+  monkeypatch.setattr(plan_lib.Plan, "per_program", 1)
   rs = np.random.RandomState(0)
   arrays = plan.arrays
 
   def draw(like):
     return jnp.asarray(rs.standard_normal(like.shape), jnp.float32)
 
-  tokens = [draw(arrays.tokens) for _ in range(5)]
-  q, k, v, gate, d_out = tokens
+  q, k, v, gate, d_out = (draw(arrays.tokens) for _ in range(5))
   scales, memory = abs(draw(arrays.scales)), draw(arrays.memory)
   read = jnp.exp(-abs(draw(arrays.rows))).reshape(
     case.batch, case.images, case.heads, case.tokens
   )
   decay = jnp.exp(-abs(draw(arrays.features)))
-  interpret = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan"
+  operands = [q, k, v, scales, read, decay]
+
+  def run(interpret):
+    outs = forward_lib.forward(
+      plan,
+      *operands,
+      gate if full else None,
+      memory if full else None,
+      save=True,
+      interpret=interpret,
+    )
+    given = operands + [gate] * full
+    grads = backward_lib.backward(
+      plan, given, list(outs[2:]), d_out, memory, interpret=interpret
+    )
+    return [*outs, *grads]
+
+  detecting = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2
   )
-  operands = [q, k, v, scales, read, decay, gate]
-  outs = forward_lib.forward(
-    plan, *operands, memory, save=True, interpret=interpret
-  )
-  grads = backward_lib.backward(
-    plan, operands, list(outs[2:]), d_out, memory, interpret=interpret
-  )
-  for x in (*outs, *grads):
-    assert np.isfinite(x).all()
+  for ours, wanted in zip(run(detecting), run(True)):
+    np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
   assert "RACE" not in capfd.readouterr().out
+
+
+def test_the_memory_is_replaced_in_place(dump):
+  """Sampling: what the call before returned goes in, nothing is converted."""
+  case = published("B", 64, 1, batch=8)
+  plan = plan_lib.Plan(*case, jnp.dtype(BFLOAT16))
+  tokens, log_gate = plan.arrays.tokens, (case.batch, case.tokens, case.heads)
+
+  def step(q, k, v, log_gate, state):
+    return hybrid_attention(
+      q, k, v, log_gate, state, num_chunks=1, opaque_state=True
+    )
+
+  compiled = tpu.compile_for(
+    tpu.chip("v5e"),
+    jax.jit(step, donate_argnums=4),
+    *[tokens] * 3,
+    jax.ShapeDtypeStruct(log_gate, FLOAT32),
+    plan.arrays.memory,
+  )
+  size = math.prod(plan.arrays.memory.shape)
+  assert tpu.copies(compiled, size) == []
+  assert compiled.memory_analysis().alias_size_in_bytes == 4 * size
+
+
+@pytest.mark.slow
+def test_the_whole_train_step_gains_18_percent(dump):
+  """ARFlow-XL/2 at 256 px on a v5e-256, static figures."""
+  config = get_config("imagenet256-xl2")
+  rows = attention_bench.steps(config, "v5e", [256], dump)["rows"]
+  xla, kernel = (row["cycles"] for row in rows)
+  assert kernel < 0.82 * xla
+
+
+def test_static_figures_of_both_forms(dump):
+  """What the benchmark prints with --topology."""
+  problems = attention_bench.problems(
+    [Case(2, 2, 16, 2, 64)], "bfloat16", "plain"
+  )
+  measured = attention_bench.static(problems, None, "v5e", dump)
+  for xla, kernel in zip(measured["rows"][::2], measured["rows"][1::2]):
+    assert 0 < kernel["cycles"] < xla["cycles"]
+    assert 1 <= kernel["kernel bytes / floor"] < 2
+    assert "bundles an image" not in xla
+  assert "libtpu" in attention_bench.table(measured)

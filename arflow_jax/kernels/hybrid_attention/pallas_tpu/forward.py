@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from arflow_jax.kernels.hybrid_attention.pallas_tpu import tiles
 from arflow_jax.kernels.hybrid_attention.pallas_tpu.plan import Plan, pipelined
 
-# Products of scores that are issued before their softmax; measured on v5e.
+# Products of scores issued before their softmax: fewest static bundles on v5e.
 _AHEAD = 3
 
 
