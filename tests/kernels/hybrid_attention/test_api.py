@@ -85,7 +85,12 @@ def test_against_float64(case, implementation, form):
 
 @pytest.mark.parametrize(
   ("case", "implementation", "form"),
-  [p for p in SERVED if p.values[1] == "pallas_tpu_interpret"],
+  [
+    p
+    for p in SERVED
+    if p.values[1] == "pallas_tpu_interpret"
+    and (p.values[2] == "plain" or p.values[0] in SMALL[:3])
+  ],
 )
 def test_bfloat16_products_keep_float32_sums(case, implementation, form):
   """Within 0.5% of float64 on the rounded inputs, every gradient too.
