@@ -90,7 +90,7 @@ COMPILED = [
   (published("XL", 64, 5, 32), BFLOAT16, "v5e", (2_300, 4_600)),
   (published("XL", 256, 1, 8), BFLOAT16, "v6e", None),
   (published("B", 256, 5, 8), BFLOAT16, "v5p", None),
-  (published("S", 256, 5, 8), FLOAT32, "v5e", None),
+  (published("L", 256, 5, 8), FLOAT32, "v5e", None),
   (Case(4, 2, 144, 8, 32), BFLOAT16, "v5e", None),
   (Case(4, 2, 16, 2, 128), BFLOAT16, "v5e", None),
   (Case(4, 2, 256, 8, 128), FLOAT32, "v5e", None),
