@@ -274,6 +274,13 @@ def static(
   }
 
 
+def check_step_batches(batches: list[int]) -> None:
+  """Raises ConfigError where 256 chips do not divide a batch."""
+  for batch in batches:
+    if batch % 256 or batch < 1:
+      raise ConfigError(f"--step_batch={batch} is not a multiple of 256")
+
+
 def steps(
   config: ConfigDict, chip: str, batches: list[int], dump: str | os.PathLike
 ) -> dict[str, Any]:
@@ -282,9 +289,7 @@ def steps(
   Raises:
     ConfigError: a batch that 256 chips do not divide.
   """
-  for batch in batches:
-    if batch % 256 or batch < 1:
-      raise ConfigError(f"--step_batch={batch} is not a multiple of 256")
+  check_step_batches(batches)
   mesh = tpu.pod(_PODS[chip], (16, 16), ("data", "fsdp"))
   rows = []
   todo = list(itertools.product(batches, ("xla", "pallas_tpu")))

@@ -13,6 +13,7 @@ import tempfile
 from absl import flags
 
 from arflow_jax import cli
+from arflow_jax.errors import ConfigError
 
 
 def main() -> None:
@@ -27,6 +28,16 @@ def main() -> None:
     _report(args, None)
 
 
+def _numbers(flag: str) -> list[int]:
+  values = flags.FLAGS[flag].value
+  if not values or not all(v.isdecimal() and int(v) > 0 for v in values):
+    raise ConfigError(
+      f"--{flag}={','.join(values)} must be positive whole numbers, such as"
+      f" --{flag}={flags.FLAGS[flag].default[0]}"
+    )
+  return [int(value) for value in values]
+
+
 def _report(args, dump: str | None) -> None:
   from arflow_jax.analysis import attention_bench as bench
   from arflow_jax.analysis import bench_report
@@ -34,12 +45,20 @@ def _report(args, dump: str | None) -> None:
 
   if args.out:
     bench_report.check_output(args.out, args.overwrite)
+  tokens, images = _numbers("tokens"), _numbers("images")
+  batches = _numbers("step_batch")
+  bench.check_step_batches(batches)
+  for size in args.sizes:
+    if size not in cases.PUBLISHED_HEADS:
+      raise ConfigError(
+        f"--sizes={size} is unknown; choose from {list(cases.PUBLISHED_HEADS)}"
+      )
   problems = bench.problems(
     [
-      cases.published(size, int(tokens), int(images), args.batch)
+      cases.published(size, n, s, args.batch)
       for size in args.sizes
-      for tokens in args.tokens
-      for images in args.images
+      for n in tokens
+      for s in images
     ],
     args.dtype,
     args.form,
@@ -50,9 +69,7 @@ def _report(args, dump: str | None) -> None:
     measured = bench.static(problems, args.implementations, args.topology, dump)
   print(bench.table(measured))
   if dump is not None and args.step:
-    measured["step"] = bench.steps(
-      args.config, args.topology, [int(b) for b in args.step_batch], dump
-    )
+    measured["step"] = bench.steps(args.config, args.topology, batches, dump)
     print("\n" + bench.step_table(measured["step"]))
   if args.out:
     bench_report.write(args.out, measured)

@@ -27,9 +27,10 @@ from arflow_jax.kernels.hybrid_attention.pallas_tpu import (
 )
 from arflow_jax.kernels.hybrid_attention.pallas_tpu import plan as plan_lib
 from configs.arflow import get_config
-from tests.conftest import relative_error
-from tests.kernels.hybrid_attention import float64
-from tests.kernels.hybrid_attention.test_api import run
+from tests.kernels.hybrid_attention.test_api import (
+  FORMS,
+  check_against_float64,
+)
 
 BFLOAT16, FLOAT32 = jnp.bfloat16, jnp.float32
 CHIPS = {  # device kind and cores
@@ -179,15 +180,8 @@ def test_bytes_stay_close_to_the_floor(size, tokens, images, dtype, gated):
 def test_groups_may_be_cut_into_programs(groups, monkeypatch):
   """Several programs a sequence give what float64 gives."""
   case = Case(2, 3, 32, 8, 64)
-  given = float64.inputs(case)
   monkeypatch.setattr(plan_lib.Plan, "per_program", groups)
-  form = dict(normalize=True, gated=True)
-  out, state, grads = run("pallas_tpu_interpret", given, case, **form)
-  wanted_out, wanted_state, wanted = float64.evaluate(given, case, **form)
-  assert relative_error(out, wanted_out) < 1e-5
-  assert relative_error(state, wanted_state) < 1e-5
-  for name, grad in grads.items():
-    assert relative_error(grad, wanted[name]) < 1e-5, name
+  check_against_float64(case, "pallas_tpu_interpret", FORMS["fused"])
 
 
 @pytest.mark.parametrize(
