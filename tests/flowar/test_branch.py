@@ -159,7 +159,7 @@ def test_four_devices_make_the_same_run(straight, tmp_path):
       *("--config.mesh.data=2", "--config.mesh.fsdp=2"),
       f"--workdir={tmp_path}",
     ],
-    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
     check=True,
     capture_output=True,
   )

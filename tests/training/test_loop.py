@@ -1,6 +1,7 @@
 """Runs: exact resume, fallbacks, refusals, clean stops."""
 
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -184,11 +185,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
 
 def test_any_mesh_trains_alike_and_resumes_anywhere(straight, tmp_path):
   """Four CPU devices, parameters and batch sharded, then one device."""
-  import os
-
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4"
-  }
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
   args = flags(steps=3, mesh__fsdp=2)
   with _train(tmp_path, *args, env=environment) as process:
     output = process.stdout.read()

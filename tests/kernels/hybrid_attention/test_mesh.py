@@ -74,7 +74,7 @@ print(json.dumps(found))
 def test_shards_give_what_one_device_gives():
   done = subprocess.run(
     [sys.executable, "-c", _ON_EIGHT],
-    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
     capture_output=True,
     text=True,
     check=False,
