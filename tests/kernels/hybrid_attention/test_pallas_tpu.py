@@ -124,8 +124,12 @@ def check_compiled(dump, case, dtype, chip, limits, gated):
     "hybrid_attention_forward",
     "hybrid_attention_backward",
   ]
-  activation = math.prod(args[1].shape)
-  assert tpu.copies(compiled, activation) == []
+  # The state, which is converted, is as large as activations of D tokens.
+  plan = plan_lib.Plan(*case, jnp.dtype(dtype))
+  state, packed = args[0][4].shape, plan.arrays.memory.shape
+  by_group = (*packed[:2], plan.per_group, *state[2:])
+  moved = tpu.copies(compiled, math.prod(args[1].shape)).values()
+  assert set(moved) <= {state, packed, by_group}
   if case.head == 64 and case.tokens <= 256:  # others ask for more
     for kernel in kernels:
       assert 0 < kernel.vmem < 16 * 2**20  # the default limit of v5e and v5p
@@ -249,7 +253,7 @@ def test_the_memory_is_replaced_in_place(dump):
     plan.arrays.memory,
   )
   size = math.prod(plan.arrays.memory.shape)
-  assert tpu.copies(compiled, size) == []
+  assert tpu.copies(compiled, size) == {}
   assert compiled.memory_analysis().alias_size_in_bytes == 4 * size
 
 
