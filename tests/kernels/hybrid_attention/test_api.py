@@ -89,16 +89,12 @@ def check_against_float64(case, implementation, form):
 
 @pytest.mark.parametrize(
   ("case", "implementation", "form"),
-  [
-    p
-    for p in SERVED
-    if p.values[1] == "pallas_tpu_interpret"
-    and (p.values[2] == "plain" or p.values[0] in SMALL[:3])
-  ],
+  [p for p in SERVED if p.values[1] != "reference"],
 )
 def test_bfloat16_products_keep_float32_sums(case, implementation, form):
   """Within 0.5% of float64 on the rounded inputs, every gradient too.
 
+  XLA's form within 1%: it rounds what comes out of norms and products.
   But for the gradient of log_gate through the norm: there the gradient of the
   read is orthogonal to the whole output, and the sum over features cancels.
   """
@@ -116,11 +112,12 @@ def test_bfloat16_products_keep_float32_sums(case, implementation, form):
     ours = np.asarray(ours.astype(jnp.float32), np.float64)
     return np.linalg.norm(ours - wanted) / np.linalg.norm(wanted)
 
-  assert error(out, wanted_out) < 5e-3
-  assert error(state, wanted_state) < 5e-3
+  close = 1e-2 if implementation == "xla" else 5e-3
+  assert error(out, wanted_out) < close
+  assert error(state, wanted_state) < close
   for name, grad in grads.items():
     norm_of_gate = "gated" in form and name == "log_gate"
-    limit = 6e-2 if norm_of_gate else 5e-3
+    limit = 6e-2 if norm_of_gate else close
     assert error(grad, wanted[name]) < limit, name
 
 

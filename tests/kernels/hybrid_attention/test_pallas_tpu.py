@@ -94,7 +94,7 @@ COMPILED = [
   (published("L", 256, 5, 8), FLOAT32, "v5e", None),
   (Case(4, 2, 144, 8, 32), BFLOAT16, "v5e", None),
   (Case(4, 2, 16, 2, 128), BFLOAT16, "v5e", None),
-  (Case(4, 2, 256, 4, 128), FLOAT32, "v5e", None),
+  (Case(4, 2, 256, 8, 128), FLOAT32, "v5e", None),
 ]
 
 
