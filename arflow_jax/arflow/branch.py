@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
 from arflow_jax.arflow import sampler, trajectory
-from arflow_jax.arflow.network import ARFlow, Shape
+from arflow_jax.arflow.network import ARFlow, ModelConfig
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import objective
 from arflow_jax.nn.functional import Blueprint, Params
@@ -19,12 +19,12 @@ class ARFlowBranch:
     model = config.model.to_dict()
     self.label_dropout = model.pop("label_dropout")
     config_lib.probability("model.label_dropout", self.label_dropout)
-    self.shape = shape = Shape(**model)
-    self.num_classes = shape.num_classes
-    self.image_shape = (shape.image_size, shape.image_size, shape.channels)
+    self.config = model = ModelConfig(**model)
+    self.num_classes = model.num_classes
+    self.image_shape = (model.image_size, model.image_size, model.channels)
     self.item_shape = (config.data.sequence_length, *self.image_shape)
     # Parameters to the network: ARFlow(x, t, labels, state).
-    self.network = Blueprint(lambda rngs: ARFlow(shape, rngs=rngs))
+    self.network = Blueprint(lambda rngs: ARFlow(model, rngs=rngs))
     self.axes, self.init = self.network.axes, self.network.init
 
   def loss(
@@ -44,10 +44,10 @@ class ARFlowBranch:
     settings = sample.to_dict()
     del settings["block_size"]  # the service's, not the model's
     channels = settings["guidance_channels"]
-    if channels and channels > self.shape.channels:
+    if channels and channels > self.config.channels:
       raise ConfigError(
         f"sample.guidance_channels={channels} exceeds"
-        f" model.channels={self.shape.channels}"
+        f" model.channels={self.config.channels}"
       )
     return sampler.Settings(**settings)
 

@@ -22,7 +22,7 @@ from arflow_jax.nn import layers, patches, remat
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class ModelConfig:
   """Everything that fixes the parameters of an `ARFlow` and how it computes.
 
   Attributes:
@@ -97,17 +97,17 @@ State = Float[Array, "L B ..."]  # [L, B, H, D, D] unless it is opaque
 class HybridAttention(nnx.Module):
   """Attention sub-layer: projections, gates and norms around the operator."""
 
-  def __init__(self, shape: Shape, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    self.shape = shape
+  def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    self.config = config
     kwargs = dict(use_bias=False, dtype=dtype, rngs=rngs)
-    width = shape.width
+    width = config.width
     axes = ("embed", "heads")
     self.q_proj = layers.linear(width, width, axes, **kwargs)
     self.k_proj = layers.linear(width, width, axes, **kwargs)
     self.v_proj = layers.linear(width, width, axes, **kwargs)
     self.gate_proj = layers.linear(width, width, axes, **kwargs)
     self.decay_proj = layers.linear(
-      width, shape.num_heads, ("embed", None), result=jnp.float32, **kwargs
+      width, config.num_heads, ("embed", None), result=jnp.float32, **kwargs
     )
     self.out_proj = layers.linear(width, width, ("heads", "embed"), **kwargs)
 
@@ -144,7 +144,7 @@ class HybridAttention(nnx.Module):
       normalize=True,  # over the whole width, before the head split
       output_gate=output_gate,
       opaque_state=opaque_state,
-      implementation=self.shape.attention,
+      implementation=self.config.attention,
     )
     return self.out_proj(out.reshape(u.shape)), state
 
@@ -152,17 +152,17 @@ class HybridAttention(nnx.Module):
 class Block(nnx.Module):
   """adaLN-Zero transformer block with hybrid attention."""
 
-  def __init__(self, shape: Shape, *, dtype: DTypeLike, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.modulation = layers.linear(
-      shape.width,
-      6 * shape.width,
+      config.width,
+      6 * config.width,
       (None, "embed"),
       dtype=jnp.float32,
       rngs=rngs,
       init=layers.zeros,
     )
-    self.attention = HybridAttention(shape, dtype=dtype, rngs=rngs)
-    self.mlp = layers.FeedForward(shape.width, dtype=dtype, rngs=rngs)
+    self.attention = HybridAttention(config, dtype=dtype, rngs=rngs)
+    self.mlp = layers.FeedForward(config.width, dtype=dtype, rngs=rngs)
 
   def __call__(
     self,
@@ -187,32 +187,32 @@ class ARFlow(nnx.Module):
   time and output layers (1% of S/2): L (N (26 E^2 + 4 E (N + D)) + 12 E^2).
   """
 
-  def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
-    self.shape = shape
-    dtype = jnp.dtype(shape.dtype)
-    features = shape.patch_size**2 * shape.channels
-    width = shape.width
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    dtype = jnp.dtype(config.dtype)
+    features = config.patch_size**2 * config.channels
+    width = config.width
     self.patch_embedding = layers.linear(
       features, width, (None, "embed"), dtype=dtype, rngs=rngs
     )
     # One row per image costs nothing: the condition is float32 throughout.
     self.time_embedding = layers.TimeEmbedding(width, rngs=rngs)
     self.label_embedding = layers.LabelEmbedding(
-      shape.num_classes, width, rngs=rngs
+      config.num_classes, width, rngs=rngs
     )
 
     # The blocks are one module whose parameters have a leading layer axis.
-    @nnx.split_rngs(splits=shape.depth)
+    @nnx.split_rngs(splits=config.depth)
     @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
     def stack(rngs):
-      return Block(shape, dtype=dtype, rngs=rngs)
+      return Block(config, dtype=dtype, rngs=rngs)
 
     self.blocks = stack(rngs)
     zero = dict(init=layers.zeros, rngs=rngs)
     self.final_modulation = layers.linear(
       width, 2 * width, (None, "embed"), dtype=jnp.float32, **zero
     )
-    outputs = features * (2 if shape.learn_sigma else 1)
+    outputs = features * (2 if config.learn_sigma else 1)
     self.final_linear = layers.linear(
       width, outputs, ("embed", None), dtype=dtype, **zero
     )
@@ -240,9 +240,9 @@ class ARFlow(nnx.Module):
       float32 velocities shaped like `x`, and the state to pass to the next call
       when the sequence goes on.
     """
-    shape = self.shape
-    tokens = self.patch_embedding(patches.patchify(x, shape.patch_size))
-    table = patches.sincos_table(shape.side, shape.width)
+    config = self.config
+    tokens = self.patch_embedding(patches.patchify(x, config.patch_size))
+    table = patches.sincos_table(config.side, config.width)
     tokens = tokens.astype(jnp.float32) + table  # the residual stream
     c = self.time_embedding(t) + self.label_embedding(labels)[:, None]
     graphdef, blocks = nnx.split(self.blocks)
@@ -251,10 +251,10 @@ class ARFlow(nnx.Module):
       params, state = layer
       return nnx.merge(graphdef, params)(tokens, c, state, opaque_state)
 
-    block = remat.POLICIES[shape.remat](block)
+    block = remat.POLICIES[config.remat](block)
     tokens, state = jax.lax.scan(block, tokens, (blocks, state))
     shift, scale = jnp.split(self.final_modulation(jax.nn.silu(c)), 2, axis=-1)
     tokens = layers.modulate(layers.layer_norm(tokens), shift, scale)
     out = self.final_linear(tokens)
-    out = patches.unpatchify(out, shape.patch_size, shape.side)
-    return out[..., : shape.channels].astype(jnp.float32), state
+    out = patches.unpatchify(out, config.patch_size, config.side)
+    return out[..., : config.channels].astype(jnp.float32), state

@@ -100,9 +100,9 @@ def guided_velocity(
   The carry is the state of every layer for R rows: B without guidance, 2B with
   it, the conditional memories first, then the unconditional ones.
   """
-  shape = network.shape
+  config = network.config
   batch = labels.shape[0]
-  null = jnp.full_like(labels, shape.num_classes)
+  null = jnp.full_like(labels, config.num_classes)
 
   def call(x, t, labels, state):
     t = jnp.full((x.shape[0], 1), t)
@@ -120,7 +120,9 @@ def guided_velocity(
 
   velocities = guidance_lib.guide(pair, single, guidance, times)
   rows = batch if all(v is single for v in velocities) else 2 * batch
-  image = jnp.zeros((rows, shape.image_size, shape.image_size, shape.channels))
+  image = jnp.zeros(
+    (rows, config.image_size, config.image_size, config.channels)
+  )
   like = jax.eval_shape(call, image, 0.0, jnp.zeros(rows, jnp.int32), None)[1]
   return velocities, jnp.zeros(like.shape, like.dtype)
 
@@ -139,8 +141,8 @@ def sample(
     labels: classes; `num_classes` samples without a class.
     settings: the integrator and its guidance.
   """
-  shape = network.shape
-  image = (shape.image_size, shape.image_size, shape.channels)
+  config = network.config
+  image = (config.image_size, config.image_size, config.channels)
 
   def noise(i):
     draw = lambda key: jax.random.normal(jax.random.fold_in(key, i), image)

@@ -14,16 +14,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from arflow_jax.arflow.network import ARFlow, Shape
+from arflow_jax.arflow.network import ARFlow, ModelConfig
 from arflow_jax.errors import ConfigError
 from arflow_jax.nn import patches, published
 from arflow_jax.nn.functional import Blueprint
 
 
-def _rows(shape: Shape) -> list[published.Row]:
+def _rows(config: ModelConfig) -> list[published.Row]:
   """Our parameters and the published names."""
   row, linear = published.Row, published.linear
-  convolution = published.patch_convolution(shape.patch_size, shape.channels)
+  convolution = published.patch_convolution(config.patch_size, config.channels)
   attention, theirs = "blocks.attention.", "blocks.{}.attn."
   return [
     row("patch_embedding.kernel", "x_embedder.proj.weight", convolution),
@@ -50,8 +50,8 @@ def from_published(
   *,
   image_size: int | None = None,
   dtype: str = "float32",
-) -> tuple[ARFlow, Shape]:
-  """A network with published weights, and the shape inferred from them.
+) -> tuple[ARFlow, ModelConfig]:
+  """A network with published weights, and the sizes inferred from them.
 
   Args:
     state_dict: arrays (NumPy, or anything NumPy can read) by published name.
@@ -61,41 +61,41 @@ def from_published(
     dtype: type of the matrix products; no shape tells it.
 
   Returns:
-    The network, float32 parameters, and its `Shape`.
+    The network, float32 parameters, and its `ModelConfig`.
 
   Raises:
     ConfigError: names that are missing, unexpected or misshapen, a position
       table of another network, or an image size that is not known.
   """
-  shape = _infer(state_dict, image_size, dtype)
-  blueprint = Blueprint(lambda rngs: ARFlow(shape, rngs=rngs))
+  config = _infer(state_dict, image_size, dtype)
+  blueprint = Blueprint(lambda rngs: ARFlow(config, rngs=rngs))
   abstract = jax.eval_shape(blueprint.init, jax.random.key(0))
   buffers = {}
   if "pos_embed" in state_dict:
-    buffers["pos_embed"] = (1, shape.side**2, shape.width)
-  params = published.restore(state_dict, _rows(shape), abstract, buffers)
+    buffers["pos_embed"] = (1, config.side**2, config.width)
+  params = published.restore(state_dict, _rows(config), abstract, buffers)
   if buffers:
-    table = patches.sincos_table(shape.side, shape.width)
+    table = patches.sincos_table(config.side, config.width)
     error = np.abs(np.asarray(state_dict["pos_embed"])[0] - table).max()
     if not error < 5e-3:  # half precision passes, another order does not
       raise ConfigError(
         f"pos_embed differs by {error:.3g} from the sine-cosine table that"
         " these networks are built with: not an ARFlow of this layout"
       )
-  return blueprint(params), shape
+  return blueprint(params), config
 
 
 def to_published(network: ARFlow) -> dict[str, Float[np.ndarray, "..."]]:
   """The exact inverse of `from_published`: a state dict of float32 arrays."""
   params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
-  named = published.export(params, _rows(network.shape))
-  table = patches.sincos_table(network.shape.side, network.shape.width)
+  named = published.export(params, _rows(network.config))
+  table = patches.sincos_table(network.config.side, network.config.width)
   return jax.device_get({"pos_embed": table[None]} | named)
 
 
 def _infer(
   state_dict: Mapping[str, Any], image_size: int | None, dtype: str
-) -> Shape:
+) -> ModelConfig:
   """Sizes from shapes; only a few arrays are looked at, none is trusted yet."""
   ranks = {
     "x_embedder.proj.weight": 4,
@@ -119,7 +119,7 @@ def _infer(
       " image_size"
     )
   outputs = sizes["final_layer.linear.weight"][0]
-  return Shape(
+  return ModelConfig(
     image_size=image_size,
     channels=channels,
     patch_size=patch,

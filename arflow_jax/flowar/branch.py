@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.flowar import objective, sampler
-from arflow_jax.flowar.network import FlowAR, Shape
+from arflow_jax.flowar.network import FlowAR, ModelConfig
 from arflow_jax.nn.functional import Blueprint, Params
 
 
@@ -25,12 +25,12 @@ class FlowARBranch:
         " from single images; set it to 1"
       )
     model["scales"] = tuple(model["scales"])
-    self.shape = shape = Shape(**model)
-    self.num_classes = shape.num_classes
-    self.image_shape = (shape.image_size, shape.image_size, shape.channels)
+    self.config = model = ModelConfig(**model)
+    self.num_classes = model.num_classes
+    self.image_shape = (model.image_size, model.image_size, model.channels)
     self.item_shape = (1, *self.image_shape)
     # Parameters to the network: FlowAR.conditions and FlowAR.head.
-    self.network = Blueprint(lambda rngs: FlowAR(shape, rngs=rngs))
+    self.network = Blueprint(lambda rngs: FlowAR(model, rngs=rngs))
     self.axes, self.init = self.network.axes, self.network.init
 
   def loss(
@@ -40,7 +40,7 @@ class FlowARBranch:
     keys = jax.vmap(jax.random.split)(keys)
     dropped = jax.vmap(jax.random.uniform)(keys[:, 0]) < self.label_dropout
     labels = jnp.where(dropped, self.num_classes, batch["labels"])
-    draws = objective.draw(keys[:, 1], network, dropout=self.shape.dropout > 0)
+    draws = objective.draw(keys[:, 1], network, dropout=self.config.dropout > 0)
     return objective.loss(network, batch["images"][:, 0], labels, draws)
 
   def settings(self, sample: ConfigDict) -> sampler.Settings:
@@ -48,7 +48,7 @@ class FlowARBranch:
     del settings["block_size"]  # the service's, not the model's
     settings["scale_steps"] = tuple(settings["scale_steps"])
     settings = sampler.Settings(**settings)
-    settings.steps_of(0, len(self.shape.scales))  # checks their number
+    settings.steps_of(0, len(self.config.scales))  # checks their number
     return settings
 
   def sample(

@@ -34,7 +34,7 @@ Cache = tuple[KeysAndValues, KeysAndValues]
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class ModelConfig:
   """Everything that fixes the parameters of a `FlowAR` and how it computes.
 
   Attributes:
@@ -117,8 +117,8 @@ class Shape:
 class Block(nnx.Module):
   """Transformer block with adaLN from the class."""
 
-  def __init__(self, shape: Shape, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    width = shape.width
+  def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    width = config.width
     kwargs = dict(dtype=dtype, rngs=rngs)
     self.modulation = layers.linear(
       width, 6 * width, (None, "embed"), dtype=jnp.float32, rngs=rngs
@@ -126,7 +126,7 @@ class Block(nnx.Module):
     self.qkv = layers.linear(width, 3 * width, ("embed", "heads"), **kwargs)
     self.proj = layers.linear(width, width, ("heads", "embed"), **kwargs)
     self.mlp = GatedFeedForward(width, **kwargs)
-    self._shape, self._dtype = shape, dtype
+    self._config, self._dtype = config, dtype
 
   def __call__(
     self,
@@ -138,12 +138,12 @@ class Block(nnx.Module):
     keys: Key[Array, "B"] | None,
   ) -> tuple[Float[Array, "B n W"], tuple[Array, Array]]:
     """Returns the tokens and their own keys and values."""
-    dropout = keys is not None and Dropout(self._shape.dropout, keys)
+    dropout = keys is not None and Dropout(self._config.dropout, keys)
     drop = dropout or (lambda x: x)
     mod = self.modulation(jax.nn.silu(c))[:, None]
     gate1, gate2, scale1, scale2, shift1, shift2 = jnp.split(mod, 6, axis=-1)
     qkv = self.qkv(modulated(h, shift1, scale1, self._dtype))
-    qkv = qkv.reshape(*h.shape[:2], 3, self._shape.num_heads, -1)
+    qkv = qkv.reshape(*h.shape[:2], 3, self._config.num_heads, -1)
     q, k, v = (qkv[:, :, i] for i in range(3))
     q, k = rope.rotate(q, table), rope.rotate(k, table)
     seen_k, seen_v = k, v
@@ -160,10 +160,10 @@ class Block(nnx.Module):
 class FlowAR(nnx.Module):
   """Transformer and flow head."""
 
-  def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
-    self.shape = shape
-    dtype = jnp.dtype(shape.dtype)
-    width, length = shape.width, sum(shape.pyramid.lengths)
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    dtype = jnp.dtype(config.dtype)
+    width, length = config.width, sum(config.pyramid.lengths)
     kwargs = dict(dtype=dtype, rngs=rngs)
 
     def positions():
@@ -174,33 +174,33 @@ class FlowAR(nnx.Module):
       @nnx.split_rngs(splits=depth)
       @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
       def blocks(rngs):
-        return Block(shape, dtype=dtype, rngs=rngs)
+        return Block(config, dtype=dtype, rngs=rngs)
 
       return blocks(rngs)
 
     self.label_embedding = layers.LabelEmbedding(
-      shape.num_classes, width, rngs=rngs
+      config.num_classes, width, rngs=rngs
     )
     self.token_proj = layers.linear(
-      shape.features, width, (None, "embed"), **kwargs
+      config.features, width, (None, "embed"), **kwargs
     )
     self.token_norm = RMSNorm(width)
     self.encoder_positions = positions()
-    self.encoder = stack(shape.encoder_depth)
+    self.encoder = stack(config.encoder_depth)
     self.encoder_norm = RMSNorm(width)
     self.decoder_proj = layers.linear(width, width, (None, "embed"), **kwargs)
     self.decoder_positions = positions()
-    self.decoder = stack(shape.decoder_depth)
+    self.decoder = stack(config.decoder_depth)
     self.decoder_norm = RMSNorm(width)
     self.condition_positions = positions()
     self.head = FlowHead(
-      shape.features,
+      config.features,
       width,
-      shape.head_width,
-      shape.head_depth,
-      shape.cross_attention,
-      stretch=shape.rope_stretch,
-      remat_policy=shape.remat,
+      config.head_width,
+      config.head_depth,
+      config.cross_attention,
+      stretch=config.rope_stretch,
+      remat_policy=config.remat,
       **kwargs,
     )
 
@@ -229,30 +229,30 @@ class FlowAR(nnx.Module):
     if (first > 0) != (cache is not None):
       wanted = "the cache of the scales before" if first else "no cache"
       raise ValueError(f"first={first} needs {wanted}")
-    shape = self.shape
+    config = self.config
     tokens, c = self._tokens(labels, inputs, first)
     last = first + len(inputs) + (first == 0)
-    lengths = shape.pyramid.lengths
+    lengths = config.pyramid.lengths
     begin, end = sum(lengths[:first]), sum(lengths[:last])
     ids = np.repeat(np.arange(last), lengths[:last])
     visible = ids[begin:, None] >= ids[None]  # block-causal over scales
     table = rope.table(
-      shape.scales[first:last],
-      shape.width // shape.num_heads,
-      shape.rope_stretch,
+      config.scales[first:last],
+      config.width // config.num_heads,
+      config.rope_stretch,
     )
     common = (c, table, None if visible.all() else visible)
     encoder_keys = decoder_keys = None
     if keys is not None:
-      depth = shape.encoder_depth + shape.decoder_depth
+      depth = config.encoder_depth + config.decoder_depth
       keys = jax.vmap(lambda key: jax.random.split(key, depth))(keys).T
-      encoder_keys = keys[: shape.encoder_depth]
-      decoder_keys = keys[shape.encoder_depth :]
+      encoder_keys = keys[: config.encoder_depth]
+      decoder_keys = keys[config.encoder_depth :]
     h = tokens + self.encoder_positions[begin:end]
     h = self.token_norm(h)
     seen = cache or (None, None)
     h, encoded = self._blocks(self.encoder, h, common, seen[0], encoder_keys)
-    h = self.encoder_norm(h).astype(shape.dtype)
+    h = self.encoder_norm(h).astype(config.dtype)
     h = self.decoder_proj(h).astype(jnp.float32)
     h = h + self.decoder_positions[begin:end]
     h, decoded = self._blocks(self.decoder, h, common, seen[1], decoder_keys)
@@ -263,10 +263,10 @@ class FlowAR(nnx.Module):
     c = self.label_embedding(labels)
     parts = []
     if first == 0:  # the published first scale is one token; any has the class
-      parts.append(jnp.repeat(c[:, None], self.shape.scales[0] ** 2, axis=1))
+      parts.append(jnp.repeat(c[:, None], self.config.scales[0] ** 2, axis=1))
     if inputs:
-      flat = [self.shape.pyramid.tokens(x) for x in inputs]
-      flat = jnp.concatenate(flat, axis=1).astype(self.shape.dtype)
+      flat = [self.config.pyramid.tokens(x) for x in inputs]
+      flat = jnp.concatenate(flat, axis=1).astype(self.config.dtype)
       parts.append(self.token_proj(flat).astype(jnp.float32))
     return jnp.concatenate(parts, axis=1), c
 
@@ -279,7 +279,7 @@ class FlowAR(nnx.Module):
       module = nnx.merge(graphdef, params)
       return module(h, c, table, visible, cache, keys)
 
-    block = remat.POLICIES[self.shape.remat](block)
+    block = remat.POLICIES[self.config.remat](block)
     h, new = jax.lax.scan(block, h, (blocks, cache, keys))
     if cache is not None:
       new = tuple(jnp.concatenate(pair, axis=2) for pair in zip(cache, new))

@@ -39,13 +39,13 @@ def draw(
   keys: Key[Array, "B"], network: FlowAR, *, dropout: bool = True
 ) -> Draws:
   """Draws everything, each image's numbers from its own key alone."""
-  shape = network.shape
-  length = sum(shape.pyramid.lengths)
+  config = network.config
+  length = sum(config.pyramid.lengths)
 
   def item(key):
     level_key, noise_key, dropout_key = jax.random.split(key, 3)
-    levels = jax.random.uniform(level_key, (len(shape.scales),))
-    noise = jax.random.normal(noise_key, (length, shape.features))
+    levels = jax.random.uniform(level_key, (len(config.scales),))
+    noise = jax.random.normal(noise_key, (length, config.features))
     return levels, noise, dropout_key
 
   levels, noise, dropout_keys = jax.vmap(item)(keys)
@@ -59,7 +59,7 @@ def scale_losses(
   draws: Draws,
 ) -> Float[Array, "B K"]:
   """Mean squared error of each scale's velocity, unweighted."""
-  pyramid = network.shape.pyramid
+  pyramid = network.config.pyramid
   targets = pyramid.targets(latents)
   inputs = [
     pyramid.next_input(below, i + 1) for i, below in enumerate(targets[:-1])
@@ -93,5 +93,5 @@ def loss(
   draws: Draws,
 ) -> Float[Array, "B"]:
   """Sum over the scales of (s / last s)^2 times their losses."""
-  weights = jnp.array(network.shape.pyramid.weights)
+  weights = jnp.array(network.config.pyramid.weights)
   return jnp.sum(scale_losses(network, latents, labels, draws) * weights, 1)

@@ -207,12 +207,12 @@ def sample(
     labels: classes; `num_classes` samples without a class.
     settings: grid, steps and guidance.
   """
-  shape = network.shape
+  config = network.config
 
   def noise(index, i):
     def draw(key):
       key = jax.random.fold_in(jax.random.fold_in(key, index), i)
-      size = (shape.pyramid.lengths[index], shape.features)
+      size = (config.pyramid.lengths[index], config.features)
       return jax.random.normal(key, size)
 
     return jax.vmap(draw)(keys)
@@ -235,14 +235,14 @@ def draw_scales(
     noise: `(scale, i)` to standard normal tokens: those to start from (i = 0)
       and the draw of step i - 1 (for "sde").
   """
-  shape = network.shape
-  pyramid, last = shape.pyramid, len(shape.scales) - 1
+  config = network.config
+  pyramid, last = config.pyramid, len(config.scales) - 1
   rows = labels
   if settings.guidance != 1:
-    null = jnp.full_like(labels, shape.num_classes)
+    null = jnp.full_like(labels, config.num_classes)
     rows = jnp.concatenate([labels, null])
   drawn, cache = [], None
-  for index, side in enumerate(shape.scales):
+  for index, side in enumerate(config.scales):
     inputs = []
     if index:
       below = pyramid.next_input(drawn[-1], index)

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from arflow_jax.errors import ConfigError
-from arflow_jax.flowar.network import FlowAR, Shape
+from arflow_jax.flowar.network import FlowAR, ModelConfig
 from arflow_jax.nn import published
 from arflow_jax.nn.functional import Blueprint
 
@@ -29,7 +29,7 @@ def _gated(ours: str, theirs: str) -> list[published.Row]:
   ]
 
 
-def _rows(shape: Shape) -> list[published.Row]:
+def _rows(config: ModelConfig) -> list[published.Row]:
   """Our parameters and the published names."""
   row, linear = published.Row, published.linear
   rows = [
@@ -55,7 +55,7 @@ def _rows(shape: Shape) -> list[published.Row]:
       *_gated(half + ".mlp", blocks + "mlp"),
       *linear(half + ".modulation", blocks + "ada_lin.1"),
     ]
-  return rows + head_rows("head.", "flownet.", shape.cross_attention)
+  return rows + head_rows("head.", "flownet.", config.cross_attention)
 
 
 def head_rows(ours: str, theirs: str, cross: bool) -> list[published.Row]:
@@ -94,21 +94,21 @@ def head_rows(ours: str, theirs: str, cross: bool) -> list[published.Row]:
   ]
 
 
-def _buffers(shape: Shape) -> dict[str, Float[np.ndarray, "..."]]:
+def _buffers(config: ModelConfig) -> dict[str, Float[np.ndarray, "..."]]:
   """The entries of the published state dict that are no parameters."""
 
   def frequencies(size):
     return (10000.0 ** -(np.arange(size // 4) * 4 / size)).astype(np.float32)
 
-  head = shape.width // shape.num_heads
-  ids = np.repeat(np.arange(len(shape.scales)), shape.pyramid.lengths)
+  head = config.width // config.num_heads
+  ids = np.repeat(np.arange(len(config.scales)), config.pyramid.lengths)
   mask = np.where(ids[:, None] >= ids, 0, -np.inf).astype(np.float32)
   buffers = {"mask": mask[None, None]}
   for half in ("encoder", "decoder"):
-    for i in range(getattr(shape, half + "_depth")):
+    for i in range(getattr(config, half + "_depth")):
       buffers[f"{half}_blocks.{i}.attn.rope.freqs"] = frequencies(head)
-  for i in range(shape.head_depth):
-    for name in ("attn", "crossattn") if shape.cross_attention else ("attn",):
+  for i in range(config.head_depth):
+    for name in ("attn", "crossattn") if config.cross_attention else ("attn",):
       buffers[f"flownet.res_blocks.{i}.{name}.rope.freqs"] = frequencies(64)
   return buffers
 
@@ -121,8 +121,8 @@ def from_published(
   scales: tuple[int, ...] | None = None,
   rope_stretch: float = 16.0,
   dtype: str = "float32",
-) -> tuple[FlowAR, Shape]:
-  """A network with published weights, and the shape inferred from them.
+) -> tuple[FlowAR, ModelConfig]:
+  """A network with published weights, and the sizes inferred from them.
 
   Args:
     state_dict: arrays (NumPy, or anything NumPy can read) by published name.
@@ -134,29 +134,31 @@ def from_published(
     dtype: type of the matrix products; no shape tells it.
 
   Returns:
-    The network, float32 parameters, and its `Shape`. Dropout is the default.
+    The network, float32 parameters, and its `ModelConfig` with default dropout.
 
   Raises:
     ConfigError: names that are missing, unexpected or misshapen, or sizes that
       cannot be told.
   """
-  shape = _infer(state_dict, patch_size, num_heads, scales, rope_stretch, dtype)
-  blueprint = Blueprint(lambda rngs: FlowAR(shape, rngs=rngs))
+  config = _infer(
+    state_dict, patch_size, num_heads, scales, rope_stretch, dtype
+  )
+  blueprint = Blueprint(lambda rngs: FlowAR(config, rngs=rngs))
   abstract = jax.eval_shape(blueprint.init, jax.random.key(0))
   buffers = {
     name: value.shape
-    for name, value in _buffers(shape).items()
+    for name, value in _buffers(config).items()
     if name in state_dict
   }
-  params = published.restore(state_dict, _rows(shape), abstract, buffers)
-  return blueprint(params), shape
+  params = published.restore(state_dict, _rows(config), abstract, buffers)
+  return blueprint(params), config
 
 
 def to_published(network: FlowAR) -> dict[str, Float[np.ndarray, "..."]]:
   """The exact inverse of `from_published`: a state dict of float32 arrays."""
   params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
-  named = published.export(params, _rows(network.shape))
-  return jax.device_get(named) | _buffers(network.shape)
+  named = published.export(params, _rows(network.config))
+  return jax.device_get(named) | _buffers(network.config)
 
 
 def _infer(state_dict, patch_size, num_heads, scales, rope_stretch, dtype):
@@ -187,7 +189,7 @@ def _infer(state_dict, patch_size, num_heads, scales, rope_stretch, dtype):
   tokens = sizes["encoder_pos_embed_learned"][1]
   scales = scales or _doubling_scales(tokens)
   block, head = "{}_blocks.{{}}.attn.qkv.weight", "flownet.res_blocks.{}"
-  return Shape(
+  return ModelConfig(
     image_size=scales[-1] * patch_size,
     channels=features // patch_size**2,
     patch_size=patch_size,

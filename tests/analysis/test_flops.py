@@ -56,15 +56,15 @@ def test_branches_of_different_cost_are_refused():
     flops.count(choose, square)
 
 
-def _per_image(shape):
+def _per_image(config):
   """The formula in the docstring of `ARFlow`."""
   tokens, width, head = (
-    shape.side**2,
-    shape.width,
-    shape.width // shape.num_heads,
+    config.side**2,
+    config.width,
+    config.width // config.num_heads,
   )
   block = tokens * (26 * width**2 + 4 * width * (tokens + head)) + 12 * width**2
-  return shape.depth * block
+  return config.depth * block
 
 
 @pytest.mark.parametrize("variant", ["imagenet128-s2", "imagenet256-b2"])
@@ -78,7 +78,7 @@ def test_training_costs_what_the_formula_says(variant):
   }
   keys = jax.random.split(jax.random.key(0), batch)
   counted = flops.count(branch.loss, params, inputs, keys)
-  wanted = batch * images * _per_image(branch.shape)
+  wanted = batch * images * _per_image(branch.config)
   assert abs(counted / wanted - 1) < 0.02
 
 
@@ -105,7 +105,7 @@ def test_sampling_costs_its_network_calls(changes, calls):
   counted = flops.count(
     lambda *args: branch.sample(*args, settings), params, keys, jnp.arange(3)
   )
-  assert abs(counted / (3 * calls * _per_image(branch.shape)) - 1) < 0.02
+  assert abs(counted / (3 * calls * _per_image(branch.config)) - 1) < 0.02
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 1)])

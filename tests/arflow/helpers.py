@@ -6,10 +6,10 @@ import numpy as np
 from flax import nnx
 
 from arflow_jax.arflow import weights
-from arflow_jax.arflow.network import ARFlow, Shape
+from arflow_jax.arflow.network import ARFlow, ModelConfig
 from arflow_jax.nn.functional import Blueprint
 
-GOLDEN = Shape(
+GOLDEN = ModelConfig(
   image_size=8,
   channels=4,
   patch_size=2,
@@ -27,8 +27,8 @@ def golden_network(rs: np.random.RandomState) -> ARFlow:
 
 def with_attention(model: ARFlow, implementation: str | None) -> ARFlow:
   """The same parameters with another implementation of the attention."""
-  shape = dataclasses.replace(model.shape, attention=implementation)
-  blueprint = Blueprint(lambda rngs: ARFlow(shape, rngs=rngs))
+  config = dataclasses.replace(model.config, attention=implementation)
+  blueprint = Blueprint(lambda rngs: ARFlow(config, rngs=rngs))
   return blueprint(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from arflow_jax import branches
 from arflow_jax.arflow import weights
-from arflow_jax.arflow.network import ARFlow, Shape
+from arflow_jax.arflow.network import ARFlow, ModelConfig
 from arflow_jax.data import pipeline
 from arflow_jax.errors import ConfigError
 from configs.arflow import get_config
@@ -96,7 +96,7 @@ def test_train_forward_and_gradients(path, load_parity, attention):
 @pytest.mark.parametrize("path", parity_files("arflow_train_forward_*"))
 def test_sublayers(path, load_parity):
   z = load_parity(path)
-  model, shape = weights.from_published(z.params())
+  model, config = weights.from_published(z.params())
   t = jnp.asarray(z["in/t"])
   embedded = model.time_embedding(t)
   wanted = z["out/t_embed"]
@@ -105,7 +105,7 @@ def test_sublayers(path, load_parity):
   assert relative_error(c, z["out/cond"]) < 1e-5
   graphdef, stacked = nnx.split(model.blocks)
   x = jnp.asarray(z["out/x_embed"])
-  for layer in range(shape.depth):
+  for layer in range(config.depth):
     params = jax.tree.map(lambda p, layer=layer: p[layer], stacked)
     block = nnx.merge(graphdef, params)
     attended = []
@@ -127,7 +127,7 @@ def test_sublayers(path, load_parity):
 @pytest.mark.parametrize("path", parity_files("arflow_recurrent_*"))
 def test_recurrent(path, load_parity, attention):
   z = load_parity(path)
-  model, shape = weights.from_published(z.params())
+  model, config = weights.from_published(z.params())
   model = with_attention(model, attention)
   x, t = channels_last(z["in/x"]), z["in/t"]
   labels = jnp.asarray(z["in/y"])
@@ -136,7 +136,7 @@ def test_recurrent(path, load_parity, attention):
   for s in range(x.shape[1]):
     out, state = step(x[:, s : s + 1], t[:, s : s + 1], state)
     assert relative_error(channels_first(out[:, 0]), z["out/steps"][s]) < 1e-5
-    for layer in range(shape.depth):
+    for layer in range(config.depth):
       wanted = z[f"out/states_layer_{layer}"][s]
       assert relative_error(state[layer], wanted) < 1e-5
   out, whole = jax.jit(model)(x, t, labels)
@@ -144,9 +144,9 @@ def test_recurrent(path, load_parity, attention):
   assert relative_error(whole, state) < 1e-5
 
 
-def _random(shape: Shape) -> ARFlow:
+def _random(config: ModelConfig) -> ARFlow:
   """A network whose zero-initialised layers are random too."""
-  model = ARFlow(shape, rngs=nnx.Rngs(0))
+  model = ARFlow(config, rngs=nnx.Rngs(0))
   graphdef, state = nnx.split(model, nnx.Param)
   leaves, treedef = jax.tree.flatten(state)
   keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -206,8 +206,8 @@ def test_remat_changes_no_gradient(remat):
 
   x = jax.random.normal(jax.random.key(3), (1, 2, 8, 8, 4))
 
-  def grads(shape):
-    model = _random(shape)
+  def grads(config):
+    model = _random(config)
     graphdef, state = nnx.split(model, nnx.Param)
 
     def loss(state):

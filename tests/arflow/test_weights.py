@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from arflow_jax.arflow import weights
-from arflow_jax.arflow.network import ARFlow, Shape
+from arflow_jax.arflow.network import ARFlow, ModelConfig
 from arflow_jax.errors import ConfigError
 from tests.arflow.helpers import GOLDEN, golden_state_dict
 from tests.conftest import parity_files
@@ -23,16 +23,16 @@ def _state_dict():
 def test_a_published_state_dict_comes_back_exactly(path, load_parity):
   z = load_parity(path)
   state_dict = z.params()
-  network, shape = weights.from_published(state_dict)
+  network, config = weights.from_published(state_dict)
   made = z.meta["constructor"]
-  assert shape.image_size == made["input_size"]
-  assert shape.channels == made["in_channels"]
-  assert shape.patch_size == made["patch_size"]
-  assert shape.width == made["hidden_size"]
-  assert shape.depth == made["depth"]
-  assert shape.num_heads == made["num_heads"]
-  assert shape.num_classes == made["num_classes"]
-  assert shape.learn_sigma == made["learn_sigma"]
+  assert config.image_size == made["input_size"]
+  assert config.channels == made["in_channels"]
+  assert config.patch_size == made["patch_size"]
+  assert config.width == made["hidden_size"]
+  assert config.depth == made["depth"]
+  assert config.num_heads == made["num_heads"]
+  assert config.num_classes == made["num_classes"]
+  assert config.learn_sigma == made["learn_sigma"]
   back = weights.to_published(network)
   assert back.keys() == state_dict.keys()
   for name, value in state_dict.items():
@@ -44,13 +44,13 @@ def test_a_published_state_dict_comes_back_exactly(path, load_parity):
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
 def test_our_parameters_come_back_exactly(learn_sigma):
-  shape = Shape(8, 3, 4, 16, 3, 2, 5, learn_sigma=learn_sigma)
-  network = jax.jit(lambda: nnx.split(ARFlow(shape, rngs=nnx.Rngs(0))))()
+  config = ModelConfig(8, 3, 4, 16, 3, 2, 5, learn_sigma=learn_sigma)
+  network = jax.jit(lambda: nnx.split(ARFlow(config, rngs=nnx.Rngs(0))))()
   network = nnx.merge(*network)
   state_dict = weights.to_published(network)
   assert state_dict["x_embedder.proj.weight"].shape == (16, 3, 4, 4)
   back, found = weights.from_published(state_dict)
-  assert found == shape
+  assert found == config
   ours, theirs = (nnx.to_pure_dict(nnx.state(n)) for n in (network, back))
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
   x = jnp.ones((1, 2, 8, 8, 3))
@@ -63,11 +63,11 @@ def test_our_parameters_come_back_exactly(learn_sigma):
 def test_what_shapes_leave_open_is_asked_for():
   with pytest.raises(ConfigError, match="give image_size"):
     weights.from_published(_state_dict())
-  network, shape = weights.from_published(
+  network, config = weights.from_published(
     _state_dict(), image_size=8, dtype="bfloat16"
   )
-  assert network.shape == shape
-  assert shape.dtype == "bfloat16"
+  assert network.config == config
+  assert config.dtype == "bfloat16"
   table = weights.to_published(network)["pos_embed"]
   _, found = weights.from_published(_state_dict() | {"pos_embed": table})
   assert found == GOLDEN

@@ -6,23 +6,23 @@ import numpy as np
 
 from arflow_jax.flowar import weights
 from arflow_jax.flowar.head import FlowHead
-from arflow_jax.flowar.network import FlowAR, Shape
+from arflow_jax.flowar.network import FlowAR, ModelConfig
 from arflow_jax.nn import published
 from arflow_jax.nn.functional import Blueprint
 
 SCALES = (1, 2, 4, 8, 16)
 
 
-def golden_shape(cross: bool) -> Shape:
-  return Shape(16, 16, 1, SCALES, 128, 2, 2, 2, 192, 2, cross, 1000)
+def golden_config(cross: bool) -> ModelConfig:
+  return ModelConfig(16, 16, 1, SCALES, 128, 2, 2, 2, 192, 2, cross, 1000)
 
 
 def golden_network(rs: np.random.RandomState, cross: bool) -> FlowAR:
   """The parameter fill of the golden values, in ascending ASCII order."""
-  shape = golden_shape(cross)
-  blueprint = Blueprint(lambda rngs: FlowAR(shape, rngs=rngs))
+  config = golden_config(cross)
+  blueprint = Blueprint(lambda rngs: FlowAR(config, rngs=rngs))
   shapes = jax.eval_shape(
-    lambda key: published.export(blueprint.init(key), weights._rows(shape)),
+    lambda key: published.export(blueprint.init(key), weights._rows(config)),
     jax.random.key(0),
   )
   filled = {}
@@ -51,9 +51,9 @@ def random_params(abstract, scale=0.15):
   )
 
 
-def random_network(shape: Shape) -> FlowAR:
+def random_network(config: ModelConfig) -> FlowAR:
   """A network with random values everywhere."""
-  blueprint = Blueprint(lambda rngs: FlowAR(shape, rngs=rngs))
+  blueprint = Blueprint(lambda rngs: FlowAR(config, rngs=rngs))
   abstract = jax.eval_shape(blueprint.init, jax.random.key(0))
   return blueprint(random_params(abstract))
 

@@ -12,7 +12,7 @@ from flax import nnx
 from arflow_jax import branches
 from arflow_jax.errors import ConfigError
 from arflow_jax.flowar import objective, weights
-from arflow_jax.flowar.network import FlowAR, Shape
+from arflow_jax.flowar.network import FlowAR, ModelConfig
 from configs.flowar import get_config
 from tests.conftest import channels_last, parity_files, relative_error
 from tests.flowar.helpers import (
@@ -22,11 +22,11 @@ from tests.flowar.helpers import (
   random_network,
 )
 
-TINY = Shape(8, 3, 1, (1, 2, 4, 8), 32, 2, 1, 2, 64, 2, False, 10)
+TINY = ModelConfig(8, 3, 1, (1, 2, 4, 8), 32, 2, 1, 2, 64, 2, False, 10)
 
 
 def _inputs(network, latents):
-  pyramid = network.shape.pyramid
+  pyramid = network.config.pyramid
   targets = pyramid.targets(latents)
   return [pyramid.next_input(y, i + 1) for i, y in enumerate(targets[:-1])]
 
@@ -72,7 +72,7 @@ def test_golden_training(cross):
     z, _ = network.conditions(labels, _inputs(network, latents))
     losses = objective.scale_losses(network, latents, labels, draws)
     total = objective.loss(network, latents, labels, draws)
-    pyramid = network.shape.pyramid
+    pyramid = network.config.pyramid
     outputs = []
     begin = 0
     for i, (s, y) in enumerate(zip(SCALES, pyramid.targets(latents))):
@@ -107,10 +107,10 @@ def _reference_draws(z, prefix):
 @pytest.mark.parametrize("path", parity_files("flowar_train_forward*"))
 def test_train_forward_and_gradients(path, load_parity):
   z = load_parity(path)
-  network, shape = weights.from_published(z.params())
+  network, config = weights.from_published(z.params())
   latents, labels = channels_last(z["in/latents"]), jnp.asarray(z["in/labels"])
   draws = _reference_draws(z, "in/")
-  pyramid = shape.pyramid
+  pyramid = config.pyramid
   for s, y, up in zip(
     SCALES, pyramid.targets(latents), [None, *_inputs(network, latents)]
   ):
@@ -161,17 +161,17 @@ def test_train_forward_and_gradients(path, load_parity):
 @pytest.mark.parametrize("path", parity_files("flowar_train_forward*"))
 def test_intermediate_values(path, load_parity):
   z = load_parity(path)
-  network, shape = weights.from_published(z.params())
+  network, config = weights.from_published(z.params())
   latents, labels = channels_last(z["in/latents"]), jnp.asarray(z["in/labels"])
   tokens, _ = network._tokens(labels, _inputs(network, latents), 0)
   assert relative_error(tokens, z["out/tokens_in"]) < 1e-5
   draws = _reference_draws(z, "in/")
   conditions, begin = jnp.asarray(z["out/z"]), 0
-  for i, (s, y) in enumerate(zip(SCALES, shape.pyramid.targets(latents))):
+  for i, (s, y) in enumerate(zip(SCALES, config.pyramid.targets(latents))):
     part = conditions[:, begin : begin + s * s]
     begin += s * s
     tau = draws.levels[:, i, None, None]
-    x = (1 - tau) * shape.pyramid.tokens(y) + tau * z[f"in/noise/{s}"]
+    x = (1 - tau) * config.pyramid.tokens(y) + tau * z[f"in/noise/{s}"]
     integers = objective.integer_levels(draws.levels[:, i : i + 1])
     out = network.head(x, integers, network.head.context(part, (s,)), (s,))
     assert relative_error(out, z[f"out/flow_output/{s}"]) < 5e-5
@@ -252,8 +252,8 @@ def test_published_sizes(variant, count):
 
 def test_initial_values_follow_the_published_rules():
   """Xavier everywhere, the head's output and modulations too."""
-  shape = Shape(8, 4, 1, (4, 8), 256, 2, 2, 4, 128, 2, True, 10)
-  network = jax.jit(lambda: nnx.split(FlowAR(shape, rngs=nnx.Rngs(0))))()
+  config = ModelConfig(8, 4, 1, (4, 8), 256, 2, 2, 4, 128, 2, True, 10)
+  network = jax.jit(lambda: nnx.split(FlowAR(config, rngs=nnx.Rngs(0))))()
   state = weights.to_published(nnx.merge(*network))
   for name, value in state.items():
     if name == "mask" or name.endswith("freqs"):
@@ -271,8 +271,10 @@ def test_initial_values_follow_the_published_rules():
 
 def test_remat_changes_no_gradient():
   def gradient(name):
-    shape = Shape(4, 1, 1, (2, 4), 16, 1, 1, 2, 64, 1, True, 3, remat=name)
-    network = random_network(shape)
+    config = ModelConfig(
+      4, 1, 1, (2, 4), 16, 1, 1, 2, 64, 1, True, 3, remat=name
+    )
+    network = random_network(config)
     graphdef, params = nnx.split(network, nnx.Param)
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(jax.random.key(1), (2, 4, 4, 1))
@@ -305,7 +307,7 @@ def test_bfloat16_stays_close_and_returns_float32():
     z, _ = network.conditions(labels, _inputs(network, x))
     context = network.head.context(z[:, -64:], (8,))
     levels = jnp.full((2, 1), 500.0)
-    tokens = network.shape.pyramid.tokens(x)
+    tokens = network.config.pyramid.tokens(x)
     return z, network.head(tokens, levels, context, (8,))
 
   for ours, exact in zip(run("bfloat16"), run("float32")):

@@ -127,7 +127,7 @@ def test_published_samples(path, load_parity):
       wanted_z = jnp.asarray(z[f"out/{name}/z/{s}"])[:rows]
       wanted = z[f"out/{name}/sample/{s}"][:batch]
       assert relative_error(conditions[i], wanted_z) < 5e-4, (name, s)
-      tokens = network.shape.pyramid.tokens(drawn[i])
+      tokens = network.config.pyramid.tokens(drawn[i])
       assert relative_error(tokens, wanted) < 5e-4, (name, s)
       alone = _scale(network.head, s, wanted_z, noise[i][:batch], settings, i)
       assert relative_error(alone, wanted) < 5e-5, (name, s)

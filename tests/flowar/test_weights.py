@@ -7,7 +7,7 @@ from flax import nnx
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.flowar import weights
-from arflow_jax.flowar.network import Shape
+from arflow_jax.flowar.network import ModelConfig
 from tests.conftest import parity_files
 from tests.flowar.helpers import random_network
 
@@ -18,18 +18,18 @@ from tests.flowar.helpers import random_network
 def test_a_published_state_dict_comes_back_exactly(path, load_parity):
   z = load_parity(path)
   state_dict, made = z.params(), z.meta["constructor"]
-  network, shape = weights.from_published(state_dict)
-  assert shape.image_size == made["img_size"] // made["vae_stride"]
-  assert shape.channels == made["vae_embed_dim"]
-  assert shape.scales == tuple(made["scale"])
-  assert shape.width == made["encoder_embed_dim"]
-  assert shape.encoder_depth == made["encoder_depth"]
-  assert shape.decoder_depth == made["decoder_depth"]
-  assert shape.num_heads == made["encoder_num_heads"]
-  assert shape.head_width == made["diffloss_w"]
-  assert shape.head_depth == made["diffloss_d"]
-  assert shape.cross_attention == made["cross"]
-  assert shape.num_classes == made["class_num"]
+  network, config = weights.from_published(state_dict)
+  assert config.image_size == made["img_size"] // made["vae_stride"]
+  assert config.channels == made["vae_embed_dim"]
+  assert config.scales == tuple(made["scale"])
+  assert config.width == made["encoder_embed_dim"]
+  assert config.encoder_depth == made["encoder_depth"]
+  assert config.decoder_depth == made["decoder_depth"]
+  assert config.num_heads == made["encoder_num_heads"]
+  assert config.head_width == made["diffloss_w"]
+  assert config.head_depth == made["diffloss_d"]
+  assert config.cross_attention == made["cross"]
+  assert config.num_classes == made["class_num"]
   back = weights.to_published(network)
   assert back.keys() == state_dict.keys()
   for name, value in state_dict.items():
@@ -43,16 +43,16 @@ def _published(cross, **change):
   sizes = dict(image_size=8, channels=3, patch_size=2, scales=(2, 4))
   sizes |= dict(width=32, encoder_depth=2, decoder_depth=1, num_heads=4)
   sizes |= dict(head_width=64, head_depth=2, num_classes=5)
-  shape = Shape(cross_attention=cross, **sizes | change)
-  return shape, random_network(shape)
+  config = ModelConfig(cross_attention=cross, **sizes | change)
+  return config, random_network(config)
 
 
 @pytest.mark.parametrize("cross", [False, True])
 def test_our_parameters_come_back_exactly(cross):
-  shape, network = _published(cross)
+  config, network = _published(cross)
   state_dict = weights.to_published(network)
   back, found = weights.from_published(state_dict, patch_size=2)
-  assert found == shape
+  assert found == config
   ours, theirs = (nnx.to_pure_dict(nnx.state(n)) for n in (network, back))
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
   # Without the buffers, what they told must be said.
@@ -64,7 +64,7 @@ def test_our_parameters_come_back_exactly(cross):
   with pytest.raises(ConfigError, match="give num_heads"):
     weights.from_published(bare, patch_size=2)
   _, found = weights.from_published(bare, patch_size=2, num_heads=4)
-  assert found == shape
+  assert found == config
   for patch_size in (5, 0, -2):
     with pytest.raises(ConfigError, match=f"patch_size={patch_size}:"):
       weights.from_published(state_dict, patch_size=patch_size)
