@@ -43,9 +43,9 @@ class ClassSequences:
     rng = np.random.default_rng([self._seed, index])
     label = rng.integers(len(self._members))
     chosen = rng.choice(self._members[label], self._length, replace=False)
-    mirrored = rng.random(self._length) < 0.5
-    images = np.stack([self._source[int(i)] for i in chosen])
-    if self._flip:
-      flipped = images[:, :, ::-1]
-      images = np.where(mirrored[:, None, None, None], flipped, images)
-    return {"images": images, "labels": np.int32(label)}
+    mirror = (rng.random(self._length) < 0.5) & self._flip
+    images = [
+      self._source.get(int(i), bool(flag), own)
+      for i, flag, own in zip(chosen, mirror, rng.spawn(self._length))
+    ]
+    return {"images": np.stack(images), "labels": np.int32(label)}

@@ -1,8 +1,8 @@
-"""Random-access sources of labelled images, in [-1, 1] and channels last.
+"""Random-access sources of labelled images, channels last.
 
-`digits` needs nothing but scikit-learn; `tfds:NAME` reads a TensorFlow Datasets
-directory in ArrayRecord form, without TensorFlow; `random` makes noise of any
-shape, to time a config whose data is elsewhere.
+Pixels lie in [-1, 1]. `digits` needs nothing but scikit-learn; `tfds:NAME`
+reads a TensorFlow Datasets directory in ArrayRecord form, without TensorFlow;
+`random` makes noise of any shape, to time a config whose data is elsewhere.
 """
 
 import pathlib
@@ -31,7 +31,16 @@ class Source(Protocol):
   labels: Int[np.ndarray, "n"]
   class_names: Sequence[str]
 
-  def __getitem__(self, index: int) -> Float[np.ndarray, "h w C"]: ...
+  def get(
+    self, index: int, mirror: bool, rng: np.random.Generator
+  ) -> Float[np.ndarray, "h w C"]:
+    """Image `index`, float32.
+
+    Args:
+      index: of the image, below `len(labels)`.
+      mirror: whether left and right are exchanged in the picture.
+      rng: what a source may draw, such as the place of a crop, it draws here.
+    """
 
 
 class Digits:
@@ -57,8 +66,10 @@ class Digits:
     self.labels = digits.target[chosen].astype(np.int64)
     self.class_names = [str(name) for name in digits.target_names]
 
-  def __getitem__(self, index: int) -> Float[np.ndarray, "h w C"]:
-    return self.images[index]
+  def get(
+    self, index: int, mirror: bool, rng: np.random.Generator
+  ) -> Float[np.ndarray, "h w C"]:
+    return _mirrored(self.images[index], mirror)
 
 
 class Tfds:
@@ -89,9 +100,11 @@ class Tfds:
     self.labels = np.array([example["label"] for example in raw])
     self.class_names = info.features["label"].names
 
-  def __getitem__(self, index: int) -> Float[np.ndarray, "h w C"]:
+  def get(
+    self, index: int, mirror: bool, rng: np.random.Generator
+  ) -> Float[np.ndarray, "h w C"]:
     image = self._source[index]["image"]
-    return image.astype(np.float32) / 127.5 - 1
+    return _mirrored(image.astype(np.float32) / 127.5 - 1, mirror)
 
 
 class Random:
@@ -102,9 +115,19 @@ class Random:
     self.labels = np.arange(16 * num_classes) % num_classes
     self.class_names = [str(i) for i in range(num_classes)]
 
-  def __getitem__(self, index: int) -> Float[np.ndarray, "h w C"]:
-    rng = np.random.default_rng(index)
-    return rng.standard_normal(self._shape, np.float32)
+  def get(
+    self, index: int, mirror: bool, rng: np.random.Generator
+  ) -> Float[np.ndarray, "h w C"]:
+    noise = np.random.default_rng(index).standard_normal(
+      self._shape, np.float32
+    )
+    return _mirrored(noise, mirror)
+
+
+def _mirrored(
+  image: Float[np.ndarray, "h w C"], mirror: bool
+) -> Float[np.ndarray, "h w C"]:
+  return image[:, ::-1] if mirror else image
 
 
 def open_source(config: ConfigDict, split: Split) -> Source:
@@ -136,7 +159,7 @@ def open_source(config: ConfigDict, split: Split) -> Source:
       f"data.source={config.data.source!r} is unknown; choose digits,"
       " tfds:NAME or random"
     )
-  found = source[0].shape
+  found = source.get(0, False, np.random.default_rng(0)).shape
   if found != wanted:
     raise ConfigError(
       f"data.source={config.data.source!r} has images of {found}, but"

@@ -82,4 +82,6 @@ class PixelEvaluator:
 
 
 def _stack(source: sources.Source) -> Float[np.ndarray, "n h w C"]:
-  return np.stack([source[i] for i in range(len(source.labels))])
+  rng = np.random.default_rng(0)
+  images = [source.get(i, False, rng) for i in range(len(source.labels))]
+  return np.stack(images)

@@ -21,7 +21,7 @@ def test_digits_split_is_fixed_and_stratified():
   for source in (train, heldout):
     share = np.bincount(source.labels) / len(source.labels)
     np.testing.assert_allclose(share, 0.1, atol=0.005)
-    assert source[0].shape == (8, 8, 1)
+    assert source.images.shape[1:] == (8, 8, 1)
     assert source.images.min() == -1
     assert source.images.max() == 1
   seen = {image.tobytes() for image in train.images}
