@@ -56,12 +56,22 @@ class Parity:
     array = self._arrays[name]
     return jnp.asarray(array) if name.startswith("in/") else array
 
+  def under(self, prefix: str) -> dict:
+    """The arrays whose names begin so, by the rest of their names.
+
+    There must be one: a loop over none would pass without a test.
+    """
+    names = [name for name in self.names if name.startswith(prefix)]
+    assert names, f"the file holds no {prefix}*"
+    return {name.removeprefix(prefix): self[name] for name in names}
+
+  def cases(self, key: str = "runs") -> list[dict]:
+    """The cases that `meta` lists under a key; there must be one."""
+    assert self.meta[key], f"the file lists no {key}"
+    return self.meta[key]
+
   def params(self) -> dict[str, np.ndarray]:
-    return {
-      name.removeprefix("param/"): self._arrays[name]
-      for name in self.names
-      if name.startswith("param/")
-    }
+    return self.under("param/")
 
 
 def parity_files(pattern: str) -> list:

@@ -33,10 +33,12 @@ def _redrawn(velocity, probes):
 def test_published_likelihoods(path, load_parity):
   z = load_parity(path)
   data = channels_last(z["in/z"])
-  assert len(z.meta["likelihood_runs"]) == 12
-  for run in z.meta["likelihood_runs"]:
+  every_fifth = jnp.arange(data.size).reshape(data.shape) % 5 == 0
+  for run in z.cases("likelihood_runs"):
     name, method = run["name"], run["sampling_method"]
-    low, high = intervals.sampling(path_of(run), reverse=True)
+    low, high = intervals.sampling(
+      path_of(run), eps=1 - run["t1"], reverse=True
+    )
     assert (1 - low, 1 - high) == pytest.approx((run["t0"], run["t1"]))
     times = jnp.linspace(low, high, run["num_steps"])
     velocity = stand_in(z, run["model"])
@@ -45,7 +47,7 @@ def test_published_likelihoods(path, load_parity):
       solve = functools.partial(
         likelihood.log_likelihood,
         velocity,
-        probe=jnp.where(jnp.arange(144).reshape(3, 4, 4, 3) % 5, 1.0, -1.0),
+        probe=jnp.where(every_fifth, -1.0, 1.0),
         times=times,
         method=method,
         rtol=run["rtol"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from arflow_jax.flow import paths, solvers
-from arflow_jax.flow.paths import GVP, LINEAR, VP
+from arflow_jax.flow.paths import LINEAR
 from tests.conftest import (
   channels_first,
   channels_last,
@@ -23,52 +23,55 @@ def test_published_grid(path, load_parity):
   t = z["in/grid_t"]
   x, v = channels_last(z["in/grid_x"]), channels_last(z["in/grid_v"])
   wide = paths.expand_times(t, x)
-  for name, path in (("Linear", LINEAR), ("GVP", GVP), ("VP", VP)):
-    grid = lambda key, name=name: z[f"out/grid/{name}/{key}"]
-    scalars = {
-      "alpha": path.alpha(t),
-      "d_alpha": path.d_alpha(t),
-      "sigma": path.sigma(t),
-      "d_sigma": path.d_sigma(t),
-      "d_alpha_alpha_ratio": path.d_alpha_over_alpha(t),
-      "drift_var": path.score_coefficient(t),
-    }
-    for form in ("constant", "SBDM", "sigma", "linear", "decreasing"):
-      w = solvers.DIFFUSIONS[form.lower()]
-      scalars[f"diffusion_{form}"] = w(path, t, 0.8)
-    form = "increasing-decreasing"
-    scalars[f"diffusion_{form}"] = solvers.DIFFUSIONS[form](path, t, 0.8)
-    for key, value in scalars.items():
-      assert relative_error(value, grid(key)) < 2e-5, (name, key)
-    images = {
-      "drift_mean": -path.d_alpha_over_alpha(wide) * x,
-      "score_from_velocity": path.score_from_velocity(v, x, t),
-      "noise_from_velocity": path.noise_from_velocity(v, x, t),
-      "velocity_from_score": path.velocity_from_score(v, x, t),
-    }
-    for prediction in ("velocity", "noise", "score"):
-      output = [
-        stand_in(z, prediction)(x[i : i + 1], t[i], None)[0]
-        for i in range(len(t))
-      ]
-      convert = {
-        "velocity": lambda v, x, t: v,
-        "noise": path.velocity_from_noise,
-        "score": path.velocity_from_score,
-      }[prediction]
-      drift = convert(jnp.concatenate(output), x, t)
-      images[f"{prediction}/ode_drift"] = drift
-      score = {
-        "velocity": path.score_from_velocity,
-        "noise": lambda e, x, t, path=path: (
-          -e / path.sigma(paths.expand_times(t, x))
-        ),
-        "score": lambda s, x, t: s,
-      }[prediction]
-      images[f"{prediction}/score"] = score(jnp.concatenate(output), x, t)
-    for key, value in images.items():
-      error = relative_error(channels_first(value), grid(key))
-      assert error < 2e-5, (name, key)
+  grid = z.under("out/grid/")
+
+  def predicted(prediction):
+    model = stand_in(z, prediction)
+    return jnp.concatenate(
+      [model(x[i : i + 1], t[i], None)[0] for i in range(len(t))]
+    )
+
+  def drift(path, prediction):
+    convert = {
+      "velocity": lambda v, x, t: v,
+      "noise": path.velocity_from_noise,
+      "score": path.velocity_from_score,
+    }[prediction]
+    return convert(predicted(prediction), x, t)
+
+  def score(path, prediction):
+    convert = {
+      "velocity": path.score_from_velocity,
+      "noise": lambda e, x, t: -e / path.sigma(wide),
+      "score": lambda s, x, t: s,
+    }[prediction]
+    return convert(predicted(prediction), x, t)
+
+  values = {
+    "alpha": lambda path: path.alpha(t),
+    "d_alpha": lambda path: path.d_alpha(t),
+    "sigma": lambda path: path.sigma(t),
+    "d_sigma": lambda path: path.d_sigma(t),
+    "d_alpha_alpha_ratio": lambda path: path.d_alpha_over_alpha(t),
+    "drift_var": lambda path: path.score_coefficient(t),
+    "drift_mean": lambda path: -path.d_alpha_over_alpha(wide) * x,
+    "score_from_velocity": lambda path: path.score_from_velocity(v, x, t),
+    "noise_from_velocity": lambda path: path.noise_from_velocity(v, x, t),
+    "velocity_from_score": lambda path: path.velocity_from_score(v, x, t),
+    "ode_drift": drift,
+    "score": score,
+  }
+  for key, wanted in grid.items():
+    name, *prediction, kind = key.split("/")
+    path = paths.PATHS[name.lower()]
+    if kind.startswith("diffusion_"):
+      form = solvers.DIFFUSIONS[kind.removeprefix("diffusion_").lower()]
+      ours = form(path, t, grid[f"{name}/diffusion_constant"][0])
+    else:
+      ours = values[kind](path, *prediction)
+    if ours.ndim > 1:
+      ours = channels_first(ours)
+    assert relative_error(ours, wanted) < 2e-5, key
 
 
 @pytest.mark.parametrize("name", paths.PATHS)
