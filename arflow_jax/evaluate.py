@@ -23,13 +23,20 @@ def main() -> None:
   from arflow_jax.sampling import run
 
   report.evaluate_run(
-    args.workdir, scales, run.parse_overrides(args.set), seed=args.seed
+    args.workdir,
+    scales,
+    run.parse_overrides(args.set),
+    num_samples=args.num_samples,
+    seed=args.seed,
   )
 
 
 if __name__ == "__main__":
   cli.define_workdir()
   flags.DEFINE_list("guidance", ["1.0", "1.5"], "Guidance scales to compare.")
+  flags.DEFINE_integer(
+    "num_samples", None, "Images at each scale; the run's own number if unset."
+  )
   flags.DEFINE_multi_string("set", [], "KEY=VALUE of the run's sample config.")
   flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
   cli.run(main)

@@ -7,7 +7,7 @@ reads a TensorFlow Datasets directory in ArrayRecord form, without TensorFlow;
 
 import pathlib
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,6 +17,41 @@ from arflow_jax.errors import ConfigError
 
 Split = Literal["train", "heldout"]
 HELDOUT_DIGITS = 397
+
+
+class Kind(NamedTuple):
+  """What the name of a source alone tells.
+
+  Attributes:
+    pixels: its images are pixels in [-1, 1], which need no decoder.
+    small: they are so small that distances between pixels say something.
+  """
+
+  pixels: bool
+  small: bool
+
+
+KINDS = {
+  "digits": Kind(pixels=True, small=True),
+  "tfds": Kind(pixels=True, small=False),
+  "random": Kind(pixels=True, small=False),
+  "latents": Kind(pixels=False, small=False),
+}
+
+
+def kind(config: ConfigDict) -> Kind:
+  """What the name `config.data.source` tells, without opening the source.
+
+  Raises:
+    ConfigError: an unknown name.
+  """
+  name = config.data.source.partition(":")[0]
+  if name not in KINDS:
+    raise ConfigError(
+      f"data.source={config.data.source!r} is unknown; choose digits,"
+      " tfds:NAME or random"
+    )
+  return KINDS[name]
 
 
 @runtime_checkable
@@ -137,6 +172,7 @@ def open_source(config: ConfigDict, split: Split) -> Source:
     ConfigError: an unknown or unreadable source, or images and classes that do
       not fit the model.
   """
+  kind(config)
   model = config.model
   wanted = (model.image_size, model.image_size, model.channels)
   name, _, argument = config.data.source.partition(":")
@@ -146,18 +182,13 @@ def open_source(config: ConfigDict, split: Split) -> Source:
     source = Tfds(argument, config.data.dir, split)
   elif name == "random":
     source = Random(wanted, model.num_classes)
-  elif name == "latents":
+  else:
     raise ConfigError(
       "data.source='latents': this version cannot make or read a cache of"
       f" autoencoder latents yet ({model.image_size} x {model.image_size} x"
       f" {model.channels} of each image and of its mirror image, scaled to unit"
       " variance); train on pixels with data.source=digits or tfds:NAME, or"
       " time this network with data.source=random"
-    )
-  else:
-    raise ConfigError(
-      f"data.source={config.data.source!r} is unknown; choose digits,"
-      " tfds:NAME or random"
     )
   found = source.get(0, False, np.random.default_rng(0)).shape
   if found != wanted:

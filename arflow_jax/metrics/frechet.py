@@ -1,12 +1,11 @@
 """Frechet distance between two sets of feature vectors (arXiv 1706.08500)."""
 
 import numpy as np
-from jaxtyping import Num
+
+from arflow_jax.metrics.statistics import Statistics
 
 
-def frechet_distance(
-  a: Num[np.ndarray, "n F"], b: Num[np.ndarray, "m F"]
-) -> float:
+def frechet_distance(a: Statistics, b: Statistics) -> float:
   """Squared 2-Wasserstein distance of the Gaussians fitted to two sets.
 
   |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), in float64;
@@ -15,14 +14,11 @@ def frechet_distance(
   Raises:
     ValueError: fewer than two vectors in a set.
   """
-  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-  if min(len(a), len(b)) < 2:
-    raise ValueError(f"need two vectors or more a set, got {len(a)}, {len(b)}")
-  cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+  cov_a, cov_b = a.covariance, b.covariance
   # The product's eigenvalues are those of a symmetric one: real, never below 0.
   values, vectors = np.linalg.eigh(cov_a)
   root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
   product = np.linalg.eigvalsh(root @ cov_b @ root)
   cross = np.sqrt(np.maximum(product, 0)).sum()
-  shift = np.sum((a.mean(0) - b.mean(0)) ** 2)
+  shift = np.sum((a.mean - b.mean) ** 2)
   return float(shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)

@@ -11,9 +11,18 @@ def evaluate_run(
   workdir: str,
   guidance: Sequence[float],
   overrides: dict[str, Any],
+  *,
+  num_samples: int | None = None,
   seed: int = 0,
 ) -> dict[float, Score]:
   """Scores a run at each guidance scale and prints the table as it grows.
+
+  Args:
+    workdir: of the run.
+    guidance: the scales to compare.
+    overrides: of the run's sample settings.
+    num_samples: images at each scale; the run's `eval.num_samples` if None.
+    seed: of the noise.
 
   Raises:
     ConfigError: no run, data that cannot be judged, settings out of range.
@@ -23,7 +32,9 @@ def evaluate_run(
     scale: run.generator(overrides | {"guidance": scale}, seed)
     for scale in guidance
   }
-  evaluator = PixelEvaluator(run.config)
+  if num_samples is None:
+    num_samples = run.config.eval.num_samples
+  evaluator = PixelEvaluator(run.config, num_samples)
   count, real = len(evaluator.labels), evaluator.real
   print(
     f"weights of step {run.step}; {count} samples per guidance\n"
@@ -41,6 +52,10 @@ def evaluate_run(
 
   row("real images", real)
   for scale, generator in generators.items():
-    scores[scale] = evaluator.score(generator.blocks)
+    done = 0
+    for images in generator.blocks(evaluator.labels):
+      evaluator.add(evaluator.labels[done : done + len(images)], images)
+      done += len(images)
+    scores[scale] = evaluator.score()
     row(f"guidance {scale:g}", scores[scale])
   return scores

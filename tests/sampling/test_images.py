@@ -128,9 +128,12 @@ def test_no_run_is_an_error(tmp_path):
 
 
 def test_evaluate_reports_every_guidance(capsys):
-  scores = report.evaluate_run(str(TINY_RUN), [1.0, 2.0], {"num_steps": 2})
+  scores = report.evaluate_run(
+    str(TINY_RUN), [1.0, 2.0], {"num_steps": 2}, num_samples=20
+  )
   out = capsys.readouterr().out
   assert scores.keys() == {1.0, 2.0}
+  assert "20 samples per guidance" in out
   for line in ("held-out images", "real images", "guidance 1 ", "guidance 2 "):
     assert line in out
   assert scores[1.0].distance > 0
