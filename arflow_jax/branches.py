@@ -30,8 +30,11 @@ class Branch(Protocol):
     image_shape: shape of one image, `[h, w, C]`.
     num_classes: classes; label `num_classes` stands for none.
     axes: logical axis names of every parameter, shaped like the parameters.
+    added_keys: dotted config keys that the family gained after runs were
+      stored without them, and the values that those runs had.
   """
 
+  added_keys: dict[str, Any]
   item_shape: tuple[int, ...]
   image_shape: tuple[int, ...]
   num_classes: int
@@ -66,10 +69,21 @@ def build(config: ConfigDict) -> Branch:
   Raises:
     ConfigError: an unknown branch, or settings it cannot be built from.
   """
-  if config.branch not in _BRANCHES:
-    raise ConfigError(
-      f"branch={config.branch!r} is unknown"
-      + config_lib.nearest(str(config.branch), list(_BRANCHES))
-    )
-  module, name = _BRANCHES[config.branch].split(":")
-  return getattr(importlib.import_module(module), name)(config)
+  return _family(config.branch)(config)
+
+
+def added_keys(name: str) -> dict[str, Any]:
+  """`Branch.added_keys` of a family, by its name.
+
+  Raises:
+    ConfigError: an unknown branch.
+  """
+  return _family(name).added_keys
+
+
+def _family(name: str) -> type:
+  if name not in _BRANCHES:
+    hint = config_lib.nearest(str(name), list(_BRANCHES))
+    raise ConfigError(f"branch={name!r} is unknown{hint}")
+  module, attribute = _BRANCHES[name].split(":")
+  return getattr(importlib.import_module(module), attribute)

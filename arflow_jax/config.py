@@ -5,6 +5,7 @@ Config files in `configs/` start from `default_config` and fill in a branch's
 """
 
 import difflib
+import functools
 import json
 from typing import Any
 
@@ -79,20 +80,38 @@ def loads(text: str) -> ConfigDict:
   return ConfigDict(json.loads(text)).lock()
 
 
+def complete(stored: dict[str, Any], added: dict[str, Any]) -> ConfigDict:
+  """A stored config with the keys that were added after it was stored.
+
+  Args:
+    stored: what was stored, perhaps by an earlier version.
+    added: dotted keys of its branch and the values that earlier runs had; the
+      shared keys have their defaults.
+  """
+  shared = flatten(json.loads(dumps(default_config())))
+  config = ConfigDict(stored)
+  for key, value in (shared | added).items():
+    *groups, name = key.split(".")
+    node = config
+    for group in groups:
+      node = node.get(group)
+      if node is None:
+        break
+    if node is not None and name not in node:
+      node[name] = value
+  return config.lock()
+
+
 def check_relaunch(
   stored: ConfigDict, config: ConfigDict, workdir: str
 ) -> None:
   """Raises ConfigError where `config` changes a frozen key of a stored run."""
   # As JSON, for stored tuples come back as lists.
   old, new = (flatten(json.loads(dumps(c))) for c in (stored, config))
-  # A shared key that is younger than the run had its default then.
-  for key, value in flatten(default_config().to_dict()).items():
-    old.setdefault(key, value)
   changed = [
     f"{key} (stored {old.get(key)!r}, now {new.get(key)!r})"
     for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key)
-    and not any(key == free or key.startswith(free + ".") for free in FREE)
+    if old.get(key) != new.get(key) and not _is_free(key)
   ]
   if changed:
     raise ConfigError(
@@ -100,6 +119,22 @@ def check_relaunch(
       + ", ".join(changed)
       + ". Restore these values or choose another --workdir"
     )
+
+
+def with_free(stored: ConfigDict, latest: ConfigDict) -> ConfigDict:
+  """The stored config of a run with the free keys of its latest launch."""
+  config = stored.copy_and_resolve_references().unlock()
+  free = {k: v for k, v in flatten(latest.to_dict()).items() if _is_free(k)}
+  known = flatten(config.to_dict())
+  for key, value in free.items():
+    if key in known:
+      *groups, name = key.split(".")
+      functools.reduce(getattr, groups, config)[name] = value
+  return config.lock()
+
+
+def _is_free(key: str) -> bool:
+  return any(key == free or key.startswith(free + ".") for free in FREE)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,12 @@
 
 import importlib
 
+import numpy as np
+
+from arflow_jax.data import pipeline
+from arflow_jax.training import checkpoint
+from arflow_jax.training import program as program_lib
+
 COMMON = {
   "batch_size": 4,
   "steps": 4,
@@ -27,6 +33,20 @@ def tiny_config(family="arflow", **overrides):
   changes = {key.replace("__", "."): v for key, v in overrides.items()}
   config.update_from_flattened_dict(COMMON | MODEL[family] | changes)
   return config
+
+
+def batches(config, start=0, rows=None):
+  """The batches of a config's data from a step on, or some of their rows."""
+  items = pipeline.open_items(config)
+  rows = np.arange(config.batch_size) if rows is None else rows
+  return pipeline.batches(items, config, start, rows)
+
+
+def stored_state(config, workdir):
+  """The train state that a run would go on with."""
+  program = program_lib.build(config)
+  saver = checkpoint.Checkpoints(str(workdir), config)
+  return saver.restore(program.abstract_state, program.init)
 
 
 def flags(family="arflow", **overrides):

@@ -19,17 +19,16 @@ import jax.numpy as jnp
 import tqdm
 from ml_collections import ConfigDict
 
-from arflow_jax import branches
 from arflow_jax.analysis import benchmark, tpu
 from arflow_jax.errors import ConfigError
 from arflow_jax.kernels import hybrid_attention as package
 from arflow_jax.kernels.hybrid_attention import cases
 from arflow_jax.kernels.hybrid_attention.cases import Case
 from arflow_jax.parallel import mesh as mesh_lib
-from arflow_jax.training import optimizer, state
+from arflow_jax.training import program as program_lib
 
-# Slices of 256 chips, as data 16 x fsdp 16.
-_PODS = {"v5e": "v5e:16x16", "v6e": "v6e:16x16", "v5p": "v5p:4x8x8"}
+# Slices of 256 chips.
+PODS = {"v5e": "v5e:16x16", "v6e": "v6e:16x16", "v5p": "v5p:4x8x8"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,8 +273,9 @@ def static(
   }
 
 
-def check_step_batches(batches: list[int]) -> None:
-  """Raises ConfigError where 256 chips do not divide a batch."""
+def check_step(config: ConfigDict, batches: list[int]) -> None:
+  """Raises ConfigError for a mesh or a batch that 256 chips do not divide."""
+  mesh_lib.sizes(config.mesh, 256)
   for batch in batches:
     if batch % 256 or batch < 1:
       raise ConfigError(f"--step_batch={batch} is not a multiple of 256")
@@ -286,11 +286,15 @@ def steps(
 ) -> dict[str, Any]:
   """Estimated cycles of a train step on 256 chips, full remat, bfloat16.
 
+  Args:
+    config: of the network and of the mesh.
+    chip: a key of `PODS`.
+    batches: items of a step, over all chips.
+    dump: the folder that `tpu.prepare` was given.
+
   Raises:
-    ConfigError: a batch that 256 chips do not divide.
+    ConfigError: a batch or a mesh that does not make 256 chips.
   """
-  check_step_batches(batches)
-  mesh = tpu.pod(_PODS[chip], (16, 16), ("data", "fsdp"))
   rows = []
   todo = list(itertools.product(batches, ("xla", "pallas_tpu")))
   for batch, name in tqdm.tqdm(todo, unit="train step", leave=False):
@@ -298,8 +302,9 @@ def steps(
     config.unlock()
     config.batch_size = batch
     config.model.update(dtype="bfloat16", remat="full", attention=name)
+    program = program_lib.build(config, tpu.devices(PODS[chip]))
     begin = time.monotonic()
-    compiled, bundles = _compile_step(config, mesh, dump)
+    compiled, bundles = _compile_step(program, dump)
     cycles, runs = tpu.estimated_cycles(compiled)
     own = sum(runs[kernel] * bundles[kernel] for kernel in runs)
     total = cycles + own
@@ -317,26 +322,20 @@ def steps(
         "compile s": time.monotonic() - begin,
       }
     )
-  return {"machine": f"{_PODS[chip]}, {tpu.version()}", "rows": rows}
+  mesh = " x ".join(f"{k} {v}" for k, v in program.mesh.shape.items())
+  machine = f"{PODS[chip]}, {tpu.version()}, {mesh}"
+  return {"machine": machine, "rows": rows}
 
 
 def _compile_step(
-  config: ConfigDict, mesh, dump: str | os.PathLike
+  program: program_lib.Program, dump: str | os.PathLike
 ) -> tuple[Any, dict]:
   """The compiled step, and bundles of a whole call of each of its kernels."""
-  branch = branches.build(config)
-  tx = optimizer.make_optimizer(config.optimizer, branch.axes)
-  current = state.abstract_state(branch, tx, mesh)
-  sharding = mesh_lib.batch_sharding(mesh)
-  shape = (config.batch_size, *branch.item_shape)
-  batch = {
-    "images": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
-    "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding),
-  }
-  step = state.make_train_step(branch, tx, config)
-  compiled = tpu.compile_for(mesh, step, current, batch)
+  step, mesh = program.step, program.mesh
+  args = (program.abstract_state, program.abstract_batch)
+  compiled = tpu.compile_for(mesh, step, *args)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    calls = {c.name: c for c in tpu.calls(step, current, batch)}
+    calls = {c.name: c for c in tpu.calls(step, *args)}
   bundles = {}
   for name in tpu.estimated_cycles(compiled)[1]:
     call = next(c for c in calls.values() if c.name in name)
@@ -352,7 +351,7 @@ def table(measured: dict[str, Any]) -> str:
 
 def step_table(measured: dict[str, Any]) -> str:
   """The train step with each implementation."""
-  head = f"ARFlow train step, {measured['machine']}, data 16 x fsdp 16"
+  head = f"ARFlow train step, {measured['machine']}"
   return f"{head}, full remat, bfloat16, per chip\n\n" + _grid(measured["rows"])
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from arflow_jax import branches
@@ -23,8 +23,9 @@ from arflow_jax import config as config_lib
 from arflow_jax.analysis import flops
 from arflow_jax.data import pipeline
 from arflow_jax.errors import ConfigError
-from arflow_jax.parallel import mesh as mesh_lib
-from arflow_jax.training import optimizer, state
+from arflow_jax.training import program as program_lib
+from arflow_jax.training import state
+from arflow_jax.training.program import Program
 
 PROGRAMS = ("train", "sample")
 
@@ -97,46 +98,40 @@ def measure(
         f"--what={name} is unknown; choose from {','.join(PROGRAMS)}"
       )
   config_lib.positive(config, "batch_size", "sample.block_size")
-  branch = branches.build(config)
   programs = {"train": _train_speed, "sample": _sample_speed}
-  return {name: programs[name](branch, config, repeats) for name in what}
+  return {name: programs[name](config, repeats) for name in what}
 
 
-def _train_speed(
-  branch: branches.Branch, config: ConfigDict, repeats: int
-) -> Speed:
+def _train_speed(config: ConfigDict, repeats: int) -> Speed:
   """The whole train step, update included, on random images."""
-  micro_batch = config.batch_size // max(config.optimizer.accumulation, 1)
-  mesh = mesh_lib.make_mesh(config.mesh, micro_batch)
-  with jax.set_mesh(mesh):  # as in the trainer
-    return _step_speed(branch, config, mesh, repeats)
+  program = program_lib.build(config)
+  with jax.set_mesh(program.mesh):  # as in the trainer
+    return _step_speed(program, repeats)
 
 
-def _step_speed(
-  branch: branches.Branch, config: ConfigDict, mesh: Mesh, repeats: int
-) -> Speed:
-  tx = optimizer.make_optimizer(config.optimizer, branch.axes)
-  step = state.make_train_step(branch, tx, config)
-  current = state.init_state(branch, tx, mesh, jax.random.key(0))
-  shape = (config.batch_size, *branch.item_shape)
-  sharding = mesh_lib.batch_sharding(mesh)
-  batch = {
-    "images": jax.random.normal(jax.random.key(1), shape),
-    "labels": jnp.arange(config.batch_size) % branch.num_classes,
-  }
-  batch = jax.device_put(batch, sharding)
+def _step_speed(program: Program, repeats: int) -> Speed:
+  config, branch = program.config, program.branch
+  current = program.init()
+  draw = np.random.default_rng(1)
+  shape = (len(program.rows), *branch.item_shape)
+  batch = program.place(
+    {
+      "images": draw.standard_normal(shape, np.float32),
+      "labels": (program.rows % branch.num_classes).astype(np.int32),
+    }
+  )
   keys = state.item_keys(0, jnp.int32(0), config.batch_size)
   forward = flops.count(branch.loss, current.params, batch, keys)
-  compiled, compile_time = _compile(step, current, batch)
+  compiled, compile_time = _compile(program.step, current, batch)
 
   def advance():
     nonlocal current
     current, _ = jax.block_until_ready(compiled(current, batch))
 
   times, rates = _in_turn("train", advance, config.model.dtype, repeats)
-  wait, source = _input_wait(compiled, current, sharding, config, repeats)
+  wait, source = _input_wait(compiled, current, program, repeats)
   images = config.batch_size * branch.item_shape[0]
-  rates = [rate * mesh.devices.size for rate in rates]
+  rates = [rate * program.mesh.size for rate in rates]
   return Speed(
     compile_time,
     times,
@@ -149,10 +144,9 @@ def _step_speed(
   )
 
 
-def _sample_speed(
-  branch: branches.Branch, config: ConfigDict, repeats: int
-) -> Speed:
+def _sample_speed(config: ConfigDict, repeats: int) -> Speed:
   """One block of images by the config's sample settings, on one device."""
+  branch = branches.build(config)
   settings = branch.settings(config.sample)
   images = config.sample.block_size
   params = jax.jit(branch.init)(jax.random.key(0))
@@ -221,23 +215,23 @@ def _seconds(call: Callable[[], Any]) -> float:
   return time.monotonic() - begin
 
 
-def _input_wait(step, current, sharding, config, repeats):
+def _input_wait(
+  compiled: Any, current: state.TrainState, program: Program, repeats: int
+) -> tuple[float, str]:
   """Mean wait for a batch in a loop like the trainer's, and the data's name."""
-  config = config.copy_and_resolve_references()
+  config = program.config.copy_and_resolve_references()
   source = config.data.source
   if source == "latents":  # no cache of them can be made yet
     config.data.source, source = "random", "random, for latents"
   config.steps = repeats + 2
-  batches = pipeline.train_batches(config, 0)
+  items = pipeline.open_items(config)
+  batches = pipeline.batches(items, config, 0, program.rows)
   waits = []
   for _ in range(repeats + 1):
     begin = time.monotonic()
     batch = next(batches)
     waits.append(time.monotonic() - begin)
-    batch = jax.tree.map(
-      lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
-    )
     # As in the trainer: the next batch is fetched while this step runs.
-    current, _ = step(current, batch)
+    current, _ = compiled(current, program.place(batch))
   jax.block_until_ready(current)
   return statistics.mean(waits[1:]), source  # the first one starts the loader

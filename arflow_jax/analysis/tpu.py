@@ -74,10 +74,10 @@ def chip(name: str) -> Mesh:
   return Mesh(np.array(described.devices[:1]), ("chip",))
 
 
-def pod(name: str, sizes: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
-  """A mesh of a whole topology, such as `v5e:16x16`."""
+def devices(name: str) -> list[jax.Device]:
+  """The devices of a whole topology, such as `v5e:16x16`."""
   described = topologies.get_topology_desc(platform="tpu", topology_name=name)
-  return topologies.make_mesh(described, sizes, axes)
+  return described.devices
 
 
 def compile_for(mesh: Mesh, function: Callable, *args: Any) -> Any:

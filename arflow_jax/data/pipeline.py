@@ -11,34 +11,45 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from arflow_jax.data import sequences, sources
 
 
-def train_batches(
-  config: ConfigDict,
-  start: int,
-  process_index: int = 0,
-  process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
-  """Yields this process's rows of the batches of steps start, start + 1, ...
-
-  Rows are contiguous: process p of P holds rows `p B/P .. (p + 1) B/P` of each
-  global batch of `B = config.batch_size` items.
+def open_items(config: ConfigDict) -> sequences.ClassSequences:
+  """The stream of training items of a config.
 
   Raises:
     ConfigError: data that cannot be read or does not fit the model.
   """
-  source = sources.open_source(config, "train")
-  items = sequences.ClassSequences(
-    source, config.data.sequence_length, config.seed, config.data.flip
+  return sequences.ClassSequences(
+    sources.open_source(config, "train"),
+    config.data.sequence_length,
+    config.seed,
+    config.data.flip,
   )
-  rows = config.batch_size // process_count
-  local = _LocalRows(items, config.batch_size, rows, process_index * rows)
+
+
+def batches(
+  items: sequences.ClassSequences,
+  config: ConfigDict,
+  start: int,
+  rows: Int[np.ndarray, "n"],
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields some rows of the batches of steps start, start + 1, ...
+
+  Args:
+    items: what `open_items` returned.
+    config: the full config.
+    start: steps that are done.
+    rows: which rows of each global batch of `config.batch_size` items, those
+      that this process's devices hold.
+  """
+  local = _LocalRows(items, config.batch_size, rows)
   stop = max(config.steps, start)
-  dataset = grain.MapDataset.range(start * rows, stop * rows).map(local)
-  dataset = dataset.batch(rows)
+  dataset = grain.MapDataset.range(start * len(rows), stop * len(rows))
+  dataset = dataset.map(local).batch(len(rows))
   if config.data.workers == 0:
     # In batches: grain's own default would hold 500 of them.
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
@@ -51,13 +62,12 @@ def train_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _LocalRows:
-  """Maps the count of items this process has seen to the global stream."""
+  """Maps the count of items this process has made to the global stream."""
 
   items: sequences.ClassSequences
   batch: int
-  rows: int
-  first: int
+  rows: np.ndarray
 
   def __call__(self, local: int) -> dict[str, np.ndarray]:
-    step, row = divmod(local, self.rows)
-    return self.items[step * self.batch + self.first + row]
+    step, place = divmod(local, len(self.rows))
+    return self.items[step * self.batch + int(self.rows[place])]

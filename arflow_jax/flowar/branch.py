@@ -1,5 +1,7 @@
 """FlowAR as the trainer, the sampler and the evaluator see it."""
 
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -14,6 +16,8 @@ from arflow_jax.nn.functional import Blueprint, Params
 
 class FlowARBranch:
   """See `branches.Branch`."""
+
+  added_keys: ClassVar[dict[str, Any]] = {}
 
   def __init__(self, config: ConfigDict):
     model = config.model.to_dict()

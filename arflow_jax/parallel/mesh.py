@@ -4,10 +4,11 @@ Layers name the axes of their parameters; `RULES` is the only place that says
 which mesh axis a name is split over. Batches are split over both axes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -16,26 +17,58 @@ from arflow_jax.errors import ConfigError
 RULES = {"embed": "fsdp"}
 
 
-def make_mesh(mesh: ConfigDict, batch_size: int) -> Mesh:
-  """All devices as a `data x fsdp` mesh; `data=-1` takes what fsdp leaves.
+def make_mesh(
+  mesh: ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A `data x fsdp` mesh in the order that suits the hardware.
+
+  Args:
+    mesh: the config group; `data=-1` takes what fsdp leaves.
+    devices: those to use, which may be the description of a pod; None stands
+      for all there are.
 
   Raises:
-    ConfigError: sizes that do not multiply to the number of devices, or a batch
-      that they do not divide.
+    ConfigError: sizes that do not multiply to the number of devices.
   """
-  devices = jax.devices()
-  data = mesh.data if mesh.data != -1 else len(devices) // max(mesh.fsdp, 1)
-  if min(data, mesh.fsdp) < 1 or data * mesh.fsdp != len(devices):
+  devices = jax.devices() if devices is None else devices
+  ordered = mesh_utils.create_device_mesh(
+    sizes(mesh, len(devices)), devices, allow_split_physical_axes=True
+  )
+  return Mesh(ordered, ("data", "fsdp"))
+
+
+def sizes(mesh: ConfigDict, count: int) -> tuple[int, int]:
+  """Sizes of `data` and `fsdp` on so many devices.
+
+  Raises:
+    ConfigError: sizes that do not multiply to them.
+  """
+  data = mesh.data if mesh.data != -1 else count // max(mesh.fsdp, 1)
+  if min(data, mesh.fsdp) < 1 or data * mesh.fsdp != count:
     raise ConfigError(
-      f"mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} does not make the"
-      f" {len(devices)} devices here; set mesh.data=-1 and let fsdp divide them"
+      f"mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} does not make {count}"
+      " devices; set mesh.data=-1 and let mesh.fsdp divide them"
     )
-  if batch_size % len(devices):
+  return data, mesh.fsdp
+
+
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, parts: int) -> None:
+  """Raises ConfigError unless devices share every micro-batch evenly.
+
+  Args:
+    mesh: the device mesh.
+    batch_size: items of a step, over all devices.
+    parts: micro-batches of a step.
+  """
+  if parts < 1 or batch_size % parts:
     raise ConfigError(
-      f"batch_size={batch_size} (per micro-batch) is not a multiple of the"
-      f" {len(devices)} devices"
+      f"optimizer.accumulation={parts} does not divide batch_size={batch_size}"
     )
-  return Mesh(np.array(devices).reshape(data, mesh.fsdp), ("data", "fsdp"))
+  if batch_size // parts % mesh.size:
+    raise ConfigError(
+      f"batch_size={batch_size // parts} (per micro-batch) is not a multiple of"
+      f" the {mesh.size} devices"
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -76,4 +109,15 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:
 
   return jax.tree_util.tree_map_with_path(
     sharding, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple)
+  )
+
+
+def abstract_params(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """Shapes, types and shardings of parameters; arguments as above."""
+  return jax.tree.map(
+    lambda array, sharding: jax.ShapeDtypeStruct(
+      array.shape, array.dtype, sharding=sharding
+    ),
+    shapes,
+    param_shardings(axes, shapes, mesh),
   )

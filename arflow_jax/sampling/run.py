@@ -56,15 +56,16 @@ def restore(workdir: str) -> Run:
   Raises:
     ConfigError: no readable checkpoint there.
   """
-  config = checkpoint.read_config(workdir)
-  branch = branches.build(config)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
-    jax.eval_shape(branch.init, jax.random.key(0)),
-  )
-  params, step = checkpoint.restore_ema(workdir, abstract)
-  return Run(config, branch, params, step)
+
+  def abstract(config):
+    shapes = jax.eval_shape(branches.build(config).init, jax.random.key(0))
+    return jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes
+    )
+
+  config, params, step = checkpoint.load_weights(workdir, abstract)
+  return Run(config, branches.build(config), params, step)
 
 
 def sample_to_file(

@@ -1,25 +1,43 @@
 """Orbax checkpoints: the one module that knows how runs are stored.
 
 A run keeps `WORKDIR/checkpoints/STEP/`, each with the train state and the full
-config. Saving is asynchronous; a step directory appears only when complete. If
-the newest one cannot be read all the same, the newest good one is used.
+config, and `WORKDIR/config.json`, the config of its latest launch. Saving is
+asynchronous. Where the newest checkpoint cannot be read, the newest good one is
+used. Weights alone make a run too: a checkpoint that holds only averages.
 """
 
 import json
 import logging
-import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
+from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
+from arflow_jax.parallel import processes
+from arflow_jax.training import relayout
 from arflow_jax.training.state import TrainState
 
 _keep = ocp.training.preservation_policies
-_FOLDER = "checkpoints"
+
+
+class Weights(NamedTuple):
+  """What a run is sampled with: the contents of one checkpoint.
+
+  Attributes:
+    config: of the run, with the free keys of its latest launch.
+    params: averaged weights.
+    step: optimiser steps done.
+  """
+
+  config: ConfigDict
+  params: Any
+  step: int
 
 
 class Checkpoints:
@@ -31,15 +49,16 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str, config: ConfigDict):
-    self._folder = pathlib.Path(workdir).absolute() / _FOLDER
-    self._config = config
+    self._workdir, self._config = workdir, config
     policies = [_keep.LatestN(config.checkpoint.keep)]
     if config.checkpoint.keep_every:
       policies.append(_keep.EveryNSteps(config.checkpoint.keep_every))
     self._policy = _keep.AnyPreservationPolicy(policies)
     self._writer = None
 
-  def restore(self, abstract: TrainState) -> TrainState | None:
+  def restore(
+    self, abstract: TrainState, begin: Callable[[Any], TrainState]
+  ) -> TrainState | None:
     """The newest good train state, or None where none was ever saved.
 
     Newer checkpoints that cannot be read are set aside under another name, so
@@ -47,38 +66,35 @@ class Checkpoints:
 
     Args:
       abstract: shapes, types and shardings to restore into.
+      begin: makes a fresh train state of the weights it is given, for a run
+        that has nothing but weights.
 
     Raises:
       ConfigError: there are checkpoints, but none can be read.
     """
-    found = _newest_good(
-      self._folder.parent,
-      lambda path: ocp.load_checkpointables(path, {"state": abstract})["state"],
-    )
+
+    def load(path: epath.Path) -> TrainState:
+      if "optimizer" in _metadata(path):
+        return TrainState(**_named(_load(path, _stored(abstract))))
+      return begin(_load(path, {"ema": abstract.ema})["ema"])
+
+    found = _newest_good(self._workdir, load)
     if found is None:
       return None
     state, _, bad = found
     for newer in bad:
-      path = self._folder / str(newer)
-      aside = path.with_name(f"{newer}.unreadable")
-      suffix = 0
-      while aside.exists():
-        suffix += 1
-        aside = path.with_name(f"{newer}.unreadable{suffix}")
-      path.rename(aside)
-      logging.warning("set aside as %s", aside)
+      _set_aside(_folder(self._workdir) / str(newer))
     return state
 
   def save(self, step: int, state: TrainState) -> None:
     """Starts saving; returns as soon as the arrays are copied."""
     if self._writer is None:
-      self._folder.mkdir(parents=True, exist_ok=True)
       self._writer = ocp.training.Checkpointer(
-        self._folder, preservation_policy=self._policy
+        _folder(self._workdir, make=True), preservation_policy=self._policy
       )
     self._writer.save_checkpointables_async(
       step,
-      {"state": state, "config": json.loads(config_lib.dumps(self._config))},
+      {"state": _stored(state), "config": _plain(self._config)},
       force=True,  # or Orbax skips a save while the one before is written
     )
 
@@ -89,12 +105,17 @@ class Checkpoints:
       self._writer = None
 
 
-def steps(workdir: str | pathlib.Path) -> list[int]:
-  """Steps that have a complete checkpoint, ascending."""
-  folder = pathlib.Path(workdir) / _FOLDER
+def steps(workdir: str) -> list[int]:
+  """Steps that have a complete checkpoint, ascending.
+
+  Orbax tells complete from unfinished in the way of the file system: by the
+  name of the folder, or by a file in it where folders cannot be renamed.
+  """
+  folder = _folder(workdir)
   if not folder.is_dir():
     return []
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  found = ocp.path.step.standard_name_format().find_all(folder)
+  return sorted(checkpoint.step for checkpoint in found)
 
 
 def read_config(workdir: str) -> ConfigDict:
@@ -103,52 +124,160 @@ def read_config(workdir: str) -> ConfigDict:
   Raises:
     ConfigError: no run there, or none of its checkpoints can be read.
   """
-  found = _newest_good(
-    workdir,
-    lambda path: ocp.load_checkpointables(path, {"config": None})["config"],
-  )
-  if found is None:
-    raise ConfigError(
-      f"--workdir={workdir} holds no checkpoint; train a model there first"
-    )
-  return ConfigDict(found[0]).lock()
+  return _required(_newest_good(workdir, _load_config), workdir)[0]
 
 
-def restore_ema(workdir: str, abstract: Any) -> tuple[Any, int]:
-  """Only the averaged weights of the newest good checkpoint, and its step.
+def keep_config(workdir: str, config: ConfigDict) -> None:
+  """Writes the config of a launch to `WORKDIR/config.json`."""
+  if not processes.speaks():
+    return
+  folder = _folder(workdir).parent
+  folder.mkdir(parents=True, exist_ok=True)
+  part = folder / "config.json.part"
+  part.write_text(config_lib.dumps(config) + "\n")
+  part.replace(folder / "config.json")
+
+
+def load_weights(
+  workdir: str, abstract: Callable[[ConfigDict], Any]
+) -> Weights:
+  """Config and averaged weights of the newest good checkpoint.
 
   Args:
     workdir: the run's directory; training may go on in it.
-    abstract: shapes, types and shardings of the weights.
+    abstract: from the config, shapes, types and shardings of the weights.
 
   Raises:
     ConfigError: no run there, or none of its checkpoints can be read.
   """
+
+  def load(path: epath.Path) -> tuple[ConfigDict, Any]:
+    config = _load_config(path)
+    return config, _load(path, {"ema": abstract(config)})["ema"]
+
+  found = _required(_newest_good(workdir, load), workdir)
+  (config, params), step, _ = found
+  return Weights(_with_latest(config, workdir), params, step)
+
+
+def save_weights(workdir: str, config: ConfigDict, params: Any) -> None:
+  """Makes a run of weights alone, at step 0: to sample from, or to train on.
+
+  Args:
+    workdir: a directory without a run.
+    config: the full config of the network.
+    params: its weights.
+
+  Raises:
+    ConfigError: a run is there already.
+  """
+  if found := steps(workdir):
+    raise ConfigError(
+      f"--workdir={workdir} holds a run already (checkpoints of steps {found});"
+      " choose another"
+    )
+  keep_config(workdir, config)
+  ocp.save_checkpointables(
+    _folder(workdir, make=True) / "0",
+    {"state": {"ema": params}, "config": _plain(config)},
+  )
+
+
+def _folder(workdir: str, *, make: bool = False) -> epath.Path:
+  """The folder of a run's checkpoints; made by one process, if at all."""
+  path = epath.Path(workdir)
+  if not path.is_absolute():  # `resolve` makes a local folder of gs://
+    path = path.resolve()
+  folder = path / "checkpoints"
+  if make and processes.speaks():
+    folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def _stored(state: TrainState) -> dict[str, Any]:
+  """The names of the parts on disk, which never change."""
+  return {
+    "step": state.step,
+    "params": state.params,
+    "ema": state.ema,
+    "optimizer": state.opt_state,
+  }
+
+
+def _named(stored: dict[str, Any]) -> dict[str, Any]:
+  stored = dict(stored)
+  return stored | {"opt_state": stored.pop("optimizer")}
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+  return json.loads(config_lib.dumps(config))
+
+
+def _load(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+  """Some parts of a stored state, whatever layout they were stored in."""
+  stored = _metadata(path)
   context = ocp.Context()
   context.pytree.loading.partial_load = True
+  with context:
+    loaded = ocp.load_checkpointables(
+      path, {"state": relayout.as_stored(wanted, stored)}
+    )["state"]
+  return relayout.as_wanted(loaded, wanted)
 
-  def load(path):
-    with context:
-      wanted = {"state": {"ema": abstract}}
-      return ocp.load_checkpointables(path, wanted)["state"]["ema"]
 
-  found = _newest_good(workdir, load)
+def _metadata(path: epath.Path) -> dict[str, Any]:
+  return ocp.metadata(path, "state").metadata
+
+
+def _load_config(path: epath.Path) -> ConfigDict:
+  stored = ocp.load_checkpointables(path, {"config": None})["config"]
+  return config_lib.complete(stored, branches.added_keys(stored["branch"]))
+
+
+def _with_latest(config: ConfigDict, workdir: str) -> ConfigDict:
+  path = _folder(workdir).parent / "config.json"
+  if not path.exists():  # a run of an earlier version
+    return config
+  try:
+    return config_lib.with_free(config, config_lib.loads(path.read_text()))
+  except (ValueError, TypeError, AttributeError) as error:
+    logging.warning("%s is not used, it is damaged (%s)", path, error)
+    return config
+
+
+def _set_aside(path: epath.Path) -> None:
+  if not processes.speaks():
+    return
+  aside = path.with_name(f"{path.name}.unreadable")
+  suffix = 0
+  while aside.exists():
+    suffix += 1
+    aside = path.with_name(f"{path.name}.unreadable{suffix}")
+  path.rename(aside)
+  logging.warning("set aside as %s", aside)
+
+
+def _required(found: Any, workdir: str) -> Any:
   if found is None:
     raise ConfigError(
       f"--workdir={workdir} holds no checkpoint; train a model there first"
     )
-  return found[0], found[1]
+  return found
 
 
-def _newest_good(workdir, load):
+def _newest_good(
+  workdir: str, load: Callable[[epath.Path], Any]
+) -> tuple[Any, int, list[int]] | None:
   """Returns (loaded, its step, newer unreadable steps), None without any."""
-  folder = pathlib.Path(workdir).absolute() / _FOLDER
+  folder = _folder(workdir)
   while True:
     listed = steps(workdir)
     bad, reason = [], ""
     for step in reversed(listed):
       try:
         loaded = jax.block_until_ready(load(folder / str(step)))
+      except ConfigError:
+        raise  # the checkpoint is sound, what is asked of it is not
       except Exception as error:  # Orbax and tensorstore raise many kinds
         if not (folder / str(step)).exists():
           continue  # a training run has removed it in the meantime

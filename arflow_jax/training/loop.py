@@ -2,17 +2,17 @@
 
 import contextlib
 import math
-import signal
 
 import jax
 from ml_collections import ConfigDict
 
-from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.data import pipeline
 from arflow_jax.errors import ConfigError
-from arflow_jax.parallel import mesh as mesh_lib
-from arflow_jax.training import checkpoint, optimizer, state, telemetry
+from arflow_jax.parallel import processes
+from arflow_jax.training import checkpoint, telemetry
+from arflow_jax.training import program as program_lib
+from arflow_jax.training import stop as stop_lib
 
 
 def train(config: ConfigDict, workdir: str) -> int:
@@ -32,52 +32,39 @@ def train(config: ConfigDict, workdir: str) -> int:
     ConfigError: settings that cannot work, or a frozen key changed.
     FloatingPointError: a loss or gradient that is not finite.
   """
+  processes.start()
   _check(config)
   if checkpoint.steps(workdir):
     stored = checkpoint.read_config(workdir)
     config_lib.check_relaunch(stored, config, workdir)
-  branch = branches.build(config)
-  micro_batch = config.batch_size // max(config.optimizer.accumulation, 1)
-  mesh = mesh_lib.make_mesh(config.mesh, micro_batch)
-  tx = optimizer.make_optimizer(config.optimizer, branch.axes)
-  train_step = state.make_train_step(branch, tx, config)
+  program = program_lib.build(config)
+  items = pipeline.open_items(config)  # a wrong data.dir fails before the rest
   saver = checkpoint.Checkpoints(workdir, config)
-  current = saver.restore(state.abstract_state(branch, tx, mesh))
-  if current is None:
-    current = state.init_state(branch, tx, mesh, jax.random.key(config.seed))
-  start = int(current.step)
+  state = saver.restore(program.abstract_state, program.init)
+  start = int(state.step) if state else 0
+  checkpoint.keep_config(workdir, config)
   if start >= config.steps:
-    print(f"{workdir} is finished: {start} of {config.steps} steps done")
+    processes.say(
+      f"{workdir} is finished: {start} of {config.steps} steps done"
+    )
     return start
-  batches = pipeline.train_batches(
-    config, start, jax.process_index(), jax.process_count()
-  )
-  sharding = mesh_lib.batch_sharding(mesh)
   if start:
-    print(f"resuming {workdir} after step {start}")
-  parameters = sum(leaf.size for leaf in jax.tree.leaves(current.params))
-  print(
-    f"{config.branch} with {parameters:,} parameters on"
-    f" {mesh.devices.size} {jax.devices()[0].platform} device(s);"
-    " compiling the train step ...",
-    flush=True,
-  )
+    processes.say(f"resuming {workdir} after step {start}")
+  state = state or program.init()
+  _announce(program)
   images = config.batch_size * config.data.sequence_length
   metrics = _Metrics(start, workdir)
+  batches = pipeline.batches(items, config, start, program.rows)
   with (
-    jax.set_mesh(mesh),  # kernels split themselves over it
-    _StopSignals() as stop,  # until the last checkpoint is on disk
+    jax.set_mesh(program.mesh),  # kernels split themselves over it
+    stop_lib.Stop() as stop,  # until the last checkpoint is on disk
     contextlib.closing(saver),
     telemetry.Telemetry(workdir, start, config.steps, images) as log,
   ):
     for step in range(start + 1, config.steps + 1):
-      batch = jax.tree.map(
-        lambda rows: jax.make_array_from_process_local_data(sharding, rows),
-        next(batches),
-      )
-      current, latest = train_step(current, batch)
+      state, latest = program.step(state, program.place(next(batches)))
       metrics.add(step, latest)
-      done = step == config.steps or stop.requested
+      done = step == config.steps or stop.decided()
       save = done or step % config.checkpoint.every == 0
       first = step == start + 1
       if first or save or step % config.log.every == 0:
@@ -85,15 +72,29 @@ def train(config: ConfigDict, workdir: str) -> int:
       if first:
         log.start_clock(step)
       if save:
-        saver.save(step, current)
+        saver.save(step, state)
         metrics.last_good = step
       if done:
         break
   if step < config.steps:
-    print(f"stopped on request after step {step}, saved; relaunch to go on")
+    processes.say(
+      f"stopped on request after step {step}, saved; relaunch to go on"
+    )
   else:
-    print(f"finished {step} steps; checkpoints in {workdir}/checkpoints")
+    processes.say(
+      f"finished {step} steps; checkpoints in {workdir}/checkpoints"
+    )
   return step
+
+
+def _announce(program: program_lib.Program) -> None:
+  leaves = jax.tree.leaves(program.abstract_state.params)
+  devices = program.mesh.devices
+  processes.say(
+    f"{program.config.branch} with {sum(leaf.size for leaf in leaves):,}"
+    f" parameters on {devices.size} {devices.flat[0].platform} device(s);"
+    " compiling the train step ..."
+  )
 
 
 class _Metrics:
@@ -142,27 +143,3 @@ def _check(config: ConfigDict) -> None:
     "checkpoint.keep",
     "log.every",
   )
-
-
-class _StopSignals:
-  """Turns SIGTERM and SIGINT into a request to stop after the current step."""
-
-  def __init__(self):
-    self.requested = False
-    self._interrupted = False
-    self._before = {}
-
-  def _request(self, number, frame):
-    if number == signal.SIGINT and self._interrupted:
-      raise KeyboardInterrupt  # the second Ctrl-C means it
-    self._interrupted |= number == signal.SIGINT
-    self.requested = True
-
-  def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._before[number] = signal.signal(number, self._request)
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)

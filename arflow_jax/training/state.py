@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
 from arflow_jax.branches import Branch
-from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
 
 Batch = dict[str, jax.Array]
@@ -32,52 +31,62 @@ class TrainState:
   step: Any  # int32 []: optimiser steps done, also the data position
   params: Any
   ema: Any  # exponential moving average of params, for sampling
-  optimizer: Any
+  opt_state: Any
 
 
 def abstract_state(
-  branch: Branch, optimizer: optax.GradientTransformation, mesh: Mesh
+  branch: Branch, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
   """Shapes, types and shardings of the whole train state; allocates nothing."""
-  params = jax.eval_shape(branch.init, jax.random.key(0))
-  shardings = mesh_lib.param_shardings(branch.axes, params, mesh)
+  shapes = jax.eval_shape(branch.init, jax.random.key(0))
+  params = mesh_lib.abstract_params(branch.axes, shapes, mesh)
   whole = mesh_lib.replicated(mesh)
 
   def place(array, sharding):
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-  params = jax.tree.map(place, params, shardings)
-  moments = optax.tree_utils.tree_map_params(
-    optimizer,
+  opt_state = optax.tree_utils.tree_map_params(
+    tx,
     place,
-    jax.eval_shape(optimizer.init, params),
-    shardings,
+    jax.eval_shape(tx.init, params),
+    jax.tree.map(lambda leaf: leaf.sharding, params),
     transform_non_params=lambda array: place(array, whole),
   )
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-  return TrainState(step=step, params=params, ema=params, optimizer=moments)
+  return TrainState(step=step, params=params, ema=params, opt_state=opt_state)
 
 
 def init_state(
   branch: Branch,
-  optimizer: optax.GradientTransformation,
-  mesh: Mesh,
+  tx: optax.GradientTransformation,
+  abstract: TrainState,
   key: Key[Array, ""],
+  params: Any = None,
 ) -> TrainState:
-  """A fresh train state, made straight into its shards."""
+  """The train state of step 0, made straight into its shards.
 
-  def init(key):
-    params = branch.init(key)
+  Args:
+    branch: draws the parameters.
+    tx: the optimiser.
+    abstract: what `abstract_state` returned.
+    key: of the draw.
+    params: weights to begin with, also as the average; None draws them.
+  """
+
+  def init(key, params):
+    if params is None:
+      params = branch.init(key)
+    # Buffers of their own, for the train step donates them.
+    copy = lambda: jax.tree.map(jnp.copy, params)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
-      params=params,
-      ema=params,
-      optimizer=optimizer.init(params),
+      params=copy(),
+      ema=copy(),
+      opt_state=tx.init(params),
     )
 
-  abstract = abstract_state(branch, optimizer, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  return jax.jit(init, out_shardings=shardings)(key)
+  return jax.jit(init, out_shardings=shardings)(key, params)
 
 
 def item_keys(seed: int, step: Int[Array, ""], rows: int) -> Key[Array, "B"]:
@@ -87,23 +96,14 @@ def item_keys(seed: int, step: Int[Array, ""], rows: int) -> Key[Array, "B"]:
 
 
 def make_train_step(
-  branch: Branch, optimizer: optax.GradientTransformation, config: ConfigDict
+  branch: Branch, tx: optax.GradientTransformation, config: ConfigDict
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Builds `step(state, batch) -> (state, metrics)`, jitted; donates `state`.
 
   Metrics are scalars: `loss`, `grad_norm` before clipping, and `param_norm`
   after the update.
-
-  Raises:
-    ConfigError: micro-batches that do not divide the batch.
   """
-  parts = config.optimizer.accumulation
-  if parts < 1 or config.batch_size % parts:
-    raise ConfigError(
-      f"optimizer.accumulation={parts} does not divide"
-      f" batch_size={config.batch_size}"
-    )
-  decay = config.ema.decay
+  parts, decay = config.optimizer.accumulation, config.ema.decay
   config_lib.probability("ema.decay", decay)
 
   def loss_and_grads(params, batch, keys):
@@ -127,11 +127,11 @@ def make_train_step(
     keys = item_keys(config.seed, state.step, config.batch_size)
     compute = loss_and_grads if parts == 1 else accumulate
     loss, grads = compute(state.params, batch, keys)
-    updates, moments = optimizer.update(grads, state.optimizer, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = optax.incremental_update(params, state.ema, 1 - decay)
     state = TrainState(
-      step=state.step + 1, params=params, ema=ema, optimizer=moments
+      step=state.step + 1, params=params, ema=ema, opt_state=opt_state
     )
     # The last one tells whether this very state is fit to be saved.
     metrics = {

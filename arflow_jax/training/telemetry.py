@@ -6,14 +6,18 @@ once and keeps to the console and `metrics.jsonl`.
 
 import json
 import os
-import pathlib
 import time
 
 from absl import logging
+from etils import epath
+
+from arflow_jax.parallel import processes
 
 
 class Telemetry:
   """Progress on the console and metrics in the run's directory.
+
+  One process speaks for all.
 
   Args:
     workdir: the run's directory, made if need be.
@@ -25,10 +29,12 @@ class Telemetry:
   def __init__(
     self, workdir: str, start: int, total: int, images_per_step: int
   ):
-    folder = pathlib.Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    self._file = (folder / "metrics.jsonl").open("a")
-    self._writer = _tensorboard(folder)
+    self._file = self._writer = None
+    if processes.speaks():
+      folder = epath.Path(workdir)
+      folder.mkdir(parents=True, exist_ok=True)
+      self._file = (folder / "metrics.jsonl").open("a")
+      self._writer = _tensorboard(folder)
     self._total, self._images = total, images_per_step
     self._first = self._last = start
     self._clock = self._begin = None
@@ -50,9 +56,10 @@ class Telemetry:
       line += f"  {rate:,.0f} images/s"
       line += f"  {_duration(mean * (self._total - step))} left"
     self._clock, self._last = now, step
-    print(line, flush=True)
-    self._file.write(json.dumps({"step": step} | metrics) + "\n")
-    self._file.flush()
+    processes.say(line)
+    if self._file:
+      self._file.write(json.dumps({"step": step} | metrics) + "\n")
+      self._file.flush()
     if self._writer:
       self._writer.write_scalars(step, metrics)
 
@@ -60,9 +67,9 @@ class Telemetry:
     return self
 
   def __exit__(self, *_):
-    self._file.close()
-    if self._writer:
-      self._writer.close()
+    for output in (self._file, self._writer):
+      if output:
+        output.close()
 
 
 def _duration(seconds: float) -> str:
@@ -73,7 +80,7 @@ def _duration(seconds: float) -> str:
   return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
-def _tensorboard(folder: pathlib.Path):
+def _tensorboard(folder: epath.Path):
   # TensorFlow computes nothing here: this only spares its start-up chatter.
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   try:

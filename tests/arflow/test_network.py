@@ -9,7 +9,6 @@ from flax import nnx
 from arflow_jax import branches
 from arflow_jax.arflow import weights
 from arflow_jax.arflow.network import ARFlow, ModelConfig
-from arflow_jax.data import pipeline
 from arflow_jax.errors import ConfigError
 from arflow_jax.kernels import hybrid_attention
 from configs.arflow import get_config
@@ -20,6 +19,7 @@ from tests.conftest import (
   parity_files,
   relative_error,
 )
+from tests.tiny import batches
 
 
 def test_golden_forward():
@@ -302,7 +302,7 @@ def test_digits_learn_alike_through_the_kernel():
       lambda p, rs=rs: p + 0.05 * rs.standard_normal(p.shape).astype("f"),
       params,
     )
-    batch = next(pipeline.train_batches(config, 0))
+    batch = next(batches(config, 0))
     batch = jax.tree.map(jnp.asarray, batch)
     keys = jax.random.split(jax.random.key(1), config.batch_size)
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from arflow_jax.data import pipeline, sequences, sources
+from arflow_jax.data import sequences, sources
 from arflow_jax.errors import ConfigError
 from configs.arflow import get_config
+from tests.tiny import batches
 
 
 def _config(**overrides):
@@ -65,22 +66,24 @@ def test_flips_mirror_about_half_of_the_images():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_step_is_the_whole_position(workers):
   config = _config(**{"steps": 6, "batch_size": 4, "data.workers": workers})
-  whole = list(pipeline.train_batches(config, 0))
+  whole = list(batches(config, 0))
   assert len(whole) == 6
   assert whole[0]["images"].shape == (4, 5, 8, 8, 1)
-  late = list(pipeline.train_batches(config, 4))
+  late = list(batches(config, 4))
   for a, b in zip(whole[4:], late, strict=True):
     np.testing.assert_array_equal(a["images"], b["images"])
     np.testing.assert_array_equal(a["labels"], b["labels"])
 
 
-def test_processes_share_the_same_global_batches():
+def test_any_rows_of_the_same_global_batches():
   config = _config(steps=2, batch_size=4)
-  whole = list(pipeline.train_batches(config, 0))
-  parts = [list(pipeline.train_batches(config, 0, p, 2)) for p in range(2)]
-  for step in range(2):
-    rows = np.concatenate([part[step]["images"] for part in parts])
-    np.testing.assert_array_equal(rows, whole[step]["images"])
+  whole = list(batches(config, 0))
+  for rows in ([0, 1], [1, 2, 3], [0, 3]):
+    part = list(batches(config, 0, np.array(rows)))
+    for step in range(2):
+      for key in ("images", "labels"):
+        wanted = whole[step][key][rows]
+        np.testing.assert_array_equal(part[step][key], wanted)
 
 
 def test_tfds_directory(data_dir):
@@ -89,7 +92,7 @@ def test_tfds_directory(data_dir):
   config.data.source = "tfds:cifar10_jpeg"
   config.data.dir = str(folder)
   config.steps, config.batch_size = 2, 4
-  batch = next(pipeline.train_batches(config, 0))
+  batch = next(batches(config, 0))
   assert batch["images"].shape == (4, 5, 32, 32, 3)
   assert batch["images"].dtype == np.float32
   assert -1 <= batch["images"].min() < -0.5
@@ -101,7 +104,7 @@ def test_tfds_directory(data_dir):
 
 def test_a_small_class_is_refused_by_name():
   with pytest.raises(ConfigError, match=r"class '\d' has 1\d\d images.*=500"):
-    next(pipeline.train_batches(_config(**{"data.sequence_length": 500}), 0))
+    next(batches(_config(**{"data.sequence_length": 500}), 0))
 
 
 @pytest.mark.parametrize(

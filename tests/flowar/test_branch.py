@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 
 from arflow_jax import branches
-from arflow_jax.data import pipeline
 from arflow_jax.errors import ConfigError
 from arflow_jax.flowar import objective
 from arflow_jax.flowar.layers import Dropout
-from arflow_jax.parallel import mesh as mesh_lib
-from arflow_jax.training import checkpoint, loop, optimizer, state
+from arflow_jax.training import loop, optimizer, state
 from configs.flowar import get_config
 from tests.flowar.helpers import random_params
-from tests.tiny import flags, tiny_config
+from tests.tiny import batches, flags, stored_state, tiny_config
 
 
 def _params(branch):
@@ -30,7 +28,7 @@ def test_randomness_belongs_to_the_item():
   config = tiny_config("flowar")
   branch = branches.build(config)
   params = _params(branch)
-  batch = jax.tree.map(jnp.asarray, next(pipeline.train_batches(config, 0)))
+  batch = jax.tree.map(jnp.asarray, next(batches(config, 0)))
   keys = state.item_keys(0, jnp.int32(7), 4)
   loss = jax.jit(branch.loss)
   whole = loss(params, batch, keys)
@@ -110,7 +108,7 @@ def test_presets_hold_the_published_recipe(size, sampling):
   assert (*found, group.b1, group.b2) == wanted
   assert (config.model.dropout, config.model.label_dropout) == (0.1, 0.1)
   with pytest.raises(ConfigError, match=r"latents.*16 x 16 x 16"):
-    next(pipeline.train_batches(config, 0))
+    next(batches(config, 0))
 
 
 def test_levels_are_uniform_one_for_each_scale():
@@ -126,28 +124,20 @@ def test_levels_are_uniform_one_for_each_scale():
   np.testing.assert_allclose(draws.noise.std(), 1, atol=0.01)
 
 
-def _state(config, workdir):
-  branch = branches.build(config)
-  mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
-  tx = optimizer.make_optimizer(config.optimizer, branch.axes)
-  abstract = state.abstract_state(branch, tx, mesh)
-  return checkpoint.Checkpoints(str(workdir), config).restore(abstract)
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
   """The state after four steps without a break, on one device."""
   workdir = tmp_path_factory.mktemp("straight")
   config = tiny_config("flowar")
   loop.train(config, str(workdir))
-  return _state(config, workdir)
+  return stored_state(config, workdir)
 
 
 def test_two_and_two_steps_are_four_bit_for_bit(straight, tmp_path):
   config = tiny_config("flowar")
   loop.train(tiny_config("flowar", steps=2), str(tmp_path))
   loop.train(config, str(tmp_path))
-  broken = _state(config, tmp_path)
+  broken = stored_state(config, tmp_path)
   jax.tree.map(np.testing.assert_array_equal, straight, broken)
 
 
@@ -163,7 +153,7 @@ def test_four_devices_make_the_same_run(straight, tmp_path):
     check=True,
     capture_output=True,
   )
-  four = _state(tiny_config("flowar"), tmp_path)
+  four = stored_state(tiny_config("flowar"), tmp_path)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
     straight.params,

@@ -12,7 +12,7 @@ from arflow_jax.parallel import mesh as mesh_lib
 
 
 def test_one_device_takes_everything():
-  mesh = mesh_lib.make_mesh(ConfigDict({"data": -1, "fsdp": 1}), 4)
+  mesh = mesh_lib.make_mesh(ConfigDict({"data": -1, "fsdp": 1}))
   assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1}
 
 
@@ -22,7 +22,30 @@ def test_one_device_takes_everything():
 )
 def test_sizes_that_do_not_fit_are_refused(sizes):
   with pytest.raises(ConfigError, match=f"mesh.data={sizes['data']}"):
-    mesh_lib.make_mesh(ConfigDict(sizes), 4)
+    mesh_lib.make_mesh(ConfigDict(sizes))
+
+
+def test_given_devices_make_the_mesh():
+  devices = jax.devices()[:1]
+  mesh = mesh_lib.make_mesh(ConfigDict({"data": 1, "fsdp": -1 + 2}), devices)
+  assert list(mesh.devices.flat) == devices
+  with pytest.raises(ConfigError, match="does not make 8 devices"):
+    mesh_lib.sizes(ConfigDict({"data": 3, "fsdp": 2}), 8)
+  assert mesh_lib.sizes(ConfigDict({"data": -1, "fsdp": 2}), 8) == (4, 2)
+
+
+@pytest.mark.parametrize(
+  ("batch", "parts", "named"),
+  [
+    (4, 3, "optimizer.accumulation=3 does not divide batch_size=4"),
+    (4, 0, "optimizer.accumulation=0"),
+    (6, 2, "batch_size=3 .per micro-batch. is not a multiple of the 2"),
+  ],
+)
+def test_batches_that_do_not_divide_are_refused(batch, parts, named):
+  mesh = AbstractMesh((2, 1), ("data", "fsdp"))
+  with pytest.raises(ConfigError, match=named):
+    mesh_lib.check_batch(mesh, batch, parts)
 
 
 def test_names_decide_the_sharding():

@@ -12,21 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from arflow_jax import branches
-from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
-from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.sampling import run
-from arflow_jax.training import checkpoint, loop, optimizer, state
-from tests.tiny import flags, tiny_config
-
-
-def _state(config, workdir):
-  branch = branches.build(config)
-  mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
-  tx = optimizer.make_optimizer(config.optimizer, branch.axes)
-  abstract = state.abstract_state(branch, tx, mesh)
-  return checkpoint.Checkpoints(str(workdir), config).restore(abstract)
+from arflow_jax.training import checkpoint, loop
+from arflow_jax.training import program as program_lib
+from tests.tiny import flags, stored_state, tiny_config
 
 
 def _same(a, b) -> bool:
@@ -53,12 +43,25 @@ def test_two_and_two_steps_are_four_bit_for_bit(straight, tmp_path):
   assert loop.train(tiny_config(steps=2), str(tmp_path)) == 2
   assert loop.train(tiny_config(), str(tmp_path)) == 4
   config = tiny_config()
-  assert _same(_state(config, tmp_path), _state(config, straight))
+  assert _same(stored_state(config, tmp_path), stored_state(config, straight))
 
 
-def test_a_finished_run_says_so(straight, capsys):
-  assert loop.train(tiny_config(), str(straight)) == 4
+def test_a_finished_run_says_so_and_keeps_new_settings(copy, capsys):
+  config = tiny_config(sample__num_steps=9, eval__num_samples=10)
+  assert loop.train(config, str(copy)) == 4
   assert "is finished: 4 of 4 steps done" in capsys.readouterr().out
+  restored = run.restore(str(copy)).config
+  assert (restored.sample.num_steps, restored.eval.num_samples) == (9, 10)
+
+
+def test_data_that_cannot_be_read_fails_before_a_state_is_made(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(checkpoint.Checkpoints, "restore", None)
+  config = tiny_config(data__dir="nowhere", data__source="tfds:cifar10")
+  with pytest.raises(ConfigError, match=r"data\.dir='nowhere'"):
+    loop.train(config, str(tmp_path / "new"))
+  assert not (tmp_path / "new").exists()
 
 
 def test_progress_and_metrics(straight):
@@ -82,7 +85,7 @@ def test_a_half_written_checkpoint_falls_back(straight, copy, damage, caplog):
   assert (copy / "checkpoints" / "4.unreadable").is_dir()  # nothing is lost
   # And what was saved in mid-run leads to the same end.
   config = tiny_config()
-  assert _same(_state(config, copy), _state(config, straight))
+  assert _same(stored_state(config, copy), stored_state(config, straight))
 
 
 def test_only_unreadable_checkpoints_are_an_error(copy):
@@ -145,14 +148,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   kept = checkpoint.steps(str(tmp_path))
   assert f"the last good checkpoint is step {kept[-1]}" in str(error.value)
   assert f"at step {kept[-1] + 1};" in str(error.value)
-  for leaf in jax.tree.leaves(_state(config, tmp_path).params):
+  for leaf in jax.tree.leaves(stored_state(config, tmp_path).params):
     assert np.isfinite(leaf).all()
 
 
 def test_averaged_weights_alone_restore(straight):
   restored = run.restore(str(straight))
   assert restored.step == 4
-  whole = _state(tiny_config(), straight)
+  whole = stored_state(tiny_config(), straight)
   assert _same(restored.params, whole.ema)
   assert not _same(restored.params, whole.params)
 
@@ -193,13 +196,8 @@ def test_any_mesh_trains_alike_and_resumes_anywhere(straight, tmp_path):
   assert "on 4 cpu device(s)" in output
   assert loop.train(tiny_config(), str(tmp_path)) == 4
   config = tiny_config()
-  ours, wanted = _state(config, tmp_path), _state(config, straight)
-  start = state.init_state(
-    branch := branches.build(config),
-    optimizer.make_optimizer(config.optimizer, branch.axes),
-    mesh_lib.make_mesh(config.mesh, 4),
-    jax.random.key(0),
-  )
+  ours, wanted = stored_state(config, tmp_path), stored_state(config, straight)
+  start = program_lib.build(config).init()
   # How far four steps have moved, not where they are: a wrong gradient shows.
   trees = (ours.params, wanted.params, start.params)
   for a, b, first in zip(*map(jax.tree.leaves, trees)):
@@ -230,12 +228,3 @@ def test_without_tensorflow_the_run_says_so_once_and_logs(tmp_path):
   records = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert json.loads(records[1])["loss"] == 0.25
   assert not list(pathlib.Path(tmp_path).glob("events.*"))
-
-
-def test_a_shared_key_younger_than_the_run_had_its_default(straight):
-  stored = checkpoint.read_config(str(straight)).unlock()
-  del stored.optimizer["final_fraction"]
-  config_lib.check_relaunch(stored, tiny_config(), "run")
-  changed = tiny_config(optimizer__final_fraction=0.5)
-  with pytest.raises(ConfigError, match=r"stored 0\.01, now 0\.5"):
-    config_lib.check_relaunch(stored, changed, "run")

@@ -5,34 +5,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arflow_jax import branches
-from arflow_jax.data import pipeline
 from arflow_jax.errors import ConfigError
-from arflow_jax.parallel import mesh as mesh_lib
-from arflow_jax.training import optimizer, state
-from tests.tiny import tiny_config
+from arflow_jax.training import program as program_lib
+from arflow_jax.training import state
+from tests.tiny import batches, tiny_config
 
 
 def _setup(**overrides):
   config = tiny_config(**overrides)
-  branch = branches.build(config)
-  mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
-  tx = optimizer.make_optimizer(config.optimizer, branch.axes)
-  current = state.init_state(branch, tx, mesh, jax.random.key(0))
-  step = state.make_train_step(branch, tx, config)
-  batch = jax.tree.map(jnp.asarray, next(pipeline.train_batches(config, 0)))
-  return branch, current, step, batch
+  program = program_lib.build(config)
+  batch = program.place(next(batches(config)))
+  return program.branch, program.init(), program.step, batch
 
 
 def test_init_matches_its_abstract_state():
-  config = tiny_config()
-  branch = branches.build(config)
-  mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
-  tx = optimizer.make_optimizer(config.optimizer, branch.axes)
-  real = state.init_state(branch, tx, mesh, jax.random.key(0))
-  abstract = state.abstract_state(branch, tx, mesh)
+  program = program_lib.build(tiny_config())
+  real, abstract = program.init(), program.abstract_state
   describe = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding)
   assert jax.tree.map(describe, real) == jax.tree.map(describe, abstract)
+
+
+def test_a_state_can_begin_with_given_weights():
+  program = program_lib.build(tiny_config())
+  weights = jax.tree.map(lambda p: p + 1, program.init().params)
+  begun = program.init(weights)
+  assert int(begun.step) == 0
+  program.step(begun, program.place(next(batches(program.config))))
+  for tree in (begun.params, begun.ema):  # given away, but not the weights
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(tree))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(weights))
+  for a, b in zip(*map(jax.tree.leaves, (program.init(weights).ema, weights))):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_ema_follows_the_parameters():
@@ -55,7 +58,7 @@ def test_accumulation_changes_nothing_but_memory():
   np.testing.assert_allclose(accumulated["loss"], metrics["loss"], rtol=1e-5)
   norm = metrics["grad_norm"]
   np.testing.assert_allclose(accumulated["grad_norm"], norm, rtol=1e-4)
-  for a, b in zip(*map(jax.tree.leaves, (whole.optimizer, parts.optimizer))):
+  for a, b in zip(*map(jax.tree.leaves, (whole.opt_state, parts.opt_state))):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 

@@ -47,7 +47,7 @@ def _report(args, dump: str | None) -> None:
     bench_report.check_output(args.out, args.overwrite)
   tokens, images = _numbers("tokens"), _numbers("images")
   batches = _numbers("step_batch")
-  bench.check_step_batches(batches)
+  bench.check_step(args.config, batches)
   for size in args.sizes:
     if size not in cases.PUBLISHED_HEADS:
       raise ConfigError(

@@ -1,0 +1,115 @@
+"""The processes of a job: joining, whose rows are whose, agreement, one voice.
+
+One process is the case of one of the same code. Nothing else in this package
+asks JAX for a process index or a process count.
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+from jaxtyping import Int
+
+from arflow_jax.errors import ConfigError
+
+
+def start() -> None:
+  """Joins the other processes of the job, if the environment names any.
+
+  `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` number them, and they meet at
+  `JAX_COORDINATOR_ADDRESS`. Call it before anything uses a device.
+
+  Raises:
+    ConfigError: several processes, but not all three variables.
+  """
+  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+  address, count, index = map(os.environ.get, names)
+  if (count or "1") == "1" or jax.distributed.is_initialized():
+    return
+  try:
+    numbers = int(count), int(index or "")
+  except ValueError:
+    numbers = None
+  if not address or not numbers:
+    raise ConfigError(
+      f"JAX_NUM_PROCESSES={count}, JAX_PROCESS_ID={index} and"
+      f" JAX_COORDINATOR_ADDRESS={address} do not name a job; set all three,"
+      " the last one to HOST:PORT of process 0, or none"
+    )
+  jax.distributed.initialize(address, *numbers)
+
+
+def speaks() -> bool:
+  """Whether this process prints, logs and writes what one process writes."""
+  return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+  """Prints a line, from one process alone."""
+  if speaks():
+    print(text, flush=True)
+
+
+def agree(flag: bool) -> bool:
+  """True in every process where any of them says True; all have to call it."""
+  return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def rows(sharding: Sharding, count: int) -> Int[np.ndarray, "n"]:
+  """Rows of a leading axis that this process's own devices hold, ascending.
+
+  They come from the sharding, not from a division by the number of processes: a
+  mesh in the order of the hardware need not give a process contiguous rows.
+
+  Args:
+    sharding: of an array whose leading axis alone is split.
+    count: size of that axis, over all processes.
+  """
+  held = sharding.addressable_devices_indices_map((count,))
+  return np.unique([np.arange(count)[index] for index in held.values()])
+
+
+def place(sharding: Sharding, local: Any, count: int) -> Any:
+  """The rows that each process holds, as global arrays on the devices.
+
+  Args:
+    sharding: of the leading axis.
+    local: tree of NumPy arrays, the rows `rows(sharding, count)` in order.
+    count: rows over all processes.
+  """
+  held = rows(sharding, count)
+
+  def array(mine: np.ndarray) -> jax.Array:
+    def shard(index):
+      start, stop, _ = index[0].indices(count)
+      # The shard's rows follow one another among ours, whatever lies between.
+      first = int(np.searchsorted(held, start))
+      return mine[first : first + stop - start]
+
+    shape = (count, *mine.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+  return jax.tree.map(array, local)
+
+
+def local(array: jax.Array) -> tuple[Int[np.ndarray, "n"], np.ndarray]:
+  """The rows that this process has to write, and their numbers, ascending.
+
+  Over all processes, each row of the leading axis comes exactly once, also
+  where several devices hold a copy.
+  """
+  count = array.shape[0]
+  shards = [
+    (*shard.index[0].indices(count)[:2], shard.data)
+    for shard in array.addressable_shards
+    if shard.replica_id == 0
+  ]
+  shards.sort(key=lambda shard: shard[0])
+  numbers = [np.arange(start, stop) for start, stop, _ in shards]
+  pieces = [np.asarray(data) for _, _, data in shards]
+  if not pieces:
+    return np.arange(0), np.zeros((0, *array.shape[1:]), array.dtype)
+  return np.concatenate(numbers), np.concatenate(pieces)
