@@ -63,12 +63,12 @@ def _draw(network, labels, noise, settings):
   return run()
 
 
-def _scale(head, side, z, noise, settings, index):
-  return _compiled(head, side, settings, index)(z, noise)
+def _scale(head, side, z, noise, settings, share):
+  return _compiled(head, side, settings, share)(z, noise)
 
 
 @functools.cache
-def _compiled(head, side, settings, index):
+def _compiled(head, side, settings, share):
   return jax.jit(
     lambda z, noise: sampler.draw_scale(
       head,
@@ -77,7 +77,7 @@ def _compiled(head, side, settings, index):
       noise,
       lambda i: noise,
       settings.levels(settings.num_steps),
-      settings.classifier_free(index / 4),
+      settings.classifier_free(share),
     )
   )
 
@@ -105,8 +105,10 @@ def test_golden_sample(cross):
 @pytest.mark.parametrize("path", parity_files("flowar_sample*"))
 def test_published_samples(path, load_parity):
   z = load_parity(path)
-  network, _ = weights.from_published(z.params())
-  for run in z.meta["runs"]:
+  network, config = weights.from_published(
+    z.params(), patch_size=z.meta["constructor"]["patch_size"]
+  )
+  for run in z.cases():
     name = run["name"]
     settings = sampler.Settings(
       num_steps=run["num_steps"],
@@ -119,61 +121,62 @@ def test_published_samples(path, load_parity):
     labels = jnp.asarray(z[f"in/{name}/labels"])
     batch = len(labels)
     rows = batch if run["cfg"] == 1 else 2 * batch
-    noise = [z[f"in/{name}/noise/{s}"] for s in SCALES]
+    noise = [z[f"in/{name}/noise/{s}"] for s in config.scales]
     drawn, conditions = _draw(network, labels, noise, settings)
     wanted = channels_last(z[f"out/{name}/latents"])
     assert relative_error(drawn[-1], wanted) < 5e-4
-    for i, s in enumerate(SCALES):
+    for i, s in enumerate(config.scales):
       wanted_z = jnp.asarray(z[f"out/{name}/z/{s}"])[:rows]
       wanted = z[f"out/{name}/sample/{s}"][:batch]
       assert relative_error(conditions[i], wanted_z) < 5e-4, (name, s)
-      tokens = network.config.pyramid.tokens(drawn[i])
+      tokens = config.pyramid.tokens(drawn[i])
       assert relative_error(tokens, wanted) < 5e-4, (name, s)
-      alone = _scale(network.head, s, wanted_z, noise[i][:batch], settings, i)
+      share = i / max(len(config.scales) - 1, 1)
+      scaled = settings.classifier_free(share).scale
+      assert scaled == pytest.approx(run["scaled_cfg"][i])
+      alone = _scale(
+        network.head, s, wanted_z, noise[i][:batch], settings, share
+      )
       assert relative_error(alone, wanted) < 5e-5, (name, s)
 
 
 @pytest.mark.parametrize("path", parity_files("flowar_flow_network*"))
 def test_published_head_samplers(path, load_parity):
   z = load_parity(path)
-  kinds = set()
-  for network in z.meta["networks"]:
+  for network in z.cases("networks"):
     head, name = head_of(z, network), f"n{network['index']}"
+    x, condition = z[f"in/{name}/x"], z[f"in/{name}/z"]
+    batch = len(x) // 2
+    assert network["runs"]
     for run in network["runs"]:
       method = {"euler": "ode", "euler_maruyama": "sde"}[run["kind"]]
       kind = {"ode": "euler", "sde": "em"}[method] + f"_{run['index']}"
-      kinds.add(method)
       settings = sampler.Settings(method=method)
-      low = 1 - run["guidance_high"]
-      x = z[f"in/{name}/x"]
-      batch = len(x) // 2
-      kicks = (
-        z[f"in/{name}/{kind}_noise"][:, :batch] if method == "sde" else None
-      )
+      guided = run["cfg_scale"] > 1  # below, the published sampler does not
       draw = functools.partial(
         sampler.draw_scale,
         head,
         network["grid"],
-        kicks=lambda i, kicks=kicks: kicks[i],
         levels=settings.levels(run["num_steps"]),
-        guidance=Guidance(run["cfg_scale"], (low, 1.0)),
+        guidance=Guidance(
+          run["cfg_scale"] if guided else 1.0,
+          (round(1 - run["guidance_high"], 6), 1.0),
+        ),
         method=method,
       )
       # Without guidance both halves are samples of their own.
-      for half in range(2 if run["cfg_scale"] == 1 else 1):
+      for half in range(1 if guided else 2):
         rows = slice(half * batch, (half + 1) * batch)
-        condition = z[f"in/{name}/z"]
-        if run["cfg_scale"] == 1:
-          condition = condition[rows]
-          if method == "sde":
-            kicks = z[f"in/{name}/{kind}_noise"][:, rows]
-            draw.keywords["kicks"] = lambda i, kicks=kicks: kicks[i]
-        out = jax.jit(lambda c, x, draw=draw: draw(z=c, noise=x))(
-          condition, x[rows]
-        )
+        kicks = None
+        if method == "sde":
+          kicks = z[f"in/{name}/{kind}_noise"][:, rows]
+        out = jax.jit(
+          lambda c, x, kicks, draw=draw: draw(
+            z=c, noise=x, kicks=lambda i: kicks[i]
+          )
+        )(condition if guided else condition[rows], x[rows], kicks)
         wanted = z[f"out/{name}/{kind}"][rows]
         assert relative_error(out, wanted) < 5e-5, (name, kind)
-  assert kinds == {"ode", "sde"}
 
 
 def test_published_grids():

@@ -18,7 +18,9 @@ from tests.flowar.helpers import random_network
 def test_a_published_state_dict_comes_back_exactly(path, load_parity):
   z = load_parity(path)
   state_dict, made = z.params(), z.meta["constructor"]
-  network, config = weights.from_published(state_dict)
+  network, config = weights.from_published(
+    state_dict, patch_size=made["patch_size"]
+  )
   assert config.image_size == made["img_size"] // made["vae_stride"]
   assert config.channels == made["vae_embed_dim"]
   assert config.scales == tuple(made["scale"])
@@ -29,7 +31,9 @@ def test_a_published_state_dict_comes_back_exactly(path, load_parity):
   assert config.head_width == made["diffloss_w"]
   assert config.head_depth == made["diffloss_d"]
   assert config.cross_attention == made["cross"]
-  assert config.num_classes == made["class_num"]
+  # The published table has 1001 rows, whatever the number of classes.
+  assert config.num_classes == len(state_dict["class_emb.weight"]) - 1
+  assert config.num_classes >= made["class_num"]
   back = weights.to_published(network)
   assert back.keys() == state_dict.keys()
   for name, value in state_dict.items():

@@ -13,13 +13,11 @@ from tests.conftest import parity_files, relative_error
 @pytest.mark.parametrize("path", parity_files("tables*"))
 def test_published_rotations(path, load_parity):
   z = load_parity(path)
-  names = [n for n in z.names if n.startswith("in/rope/")]
-  assert len(names) == 10
-  for name in names:
-    head, side = name.removeprefix("in/rope/hd").split("_grid")
-    x = jnp.moveaxis(z[name], 1, 2)  # heads after tokens
-    out = rope.rotate(x, rope.table((int(side),), int(head), 16.0))
-    wanted = z[name.replace("in/", "out/")]
+  for name, x in z.under("in/rope/").items():
+    head, side = map(int, name.removeprefix("hd").split("_grid"))
+    x = jnp.moveaxis(x, 1, 2)  # heads after tokens
+    out = rope.rotate(x, rope.table((side,), head, 16.0))
+    wanted = z[f"out/rope/{name}"]
     assert relative_error(jnp.moveaxis(out, 2, 1), wanted) < 1e-5
 
 
