@@ -9,15 +9,21 @@ sampling follows the config's own `sample` settings. --compare prints the ratios
 of this run over an earlier --out.
 """
 
-from absl import flags
-
 from arflow_jax import cli
 
 
-def main() -> None:
+def define(flags: cli.Flags) -> None:
+  flags.config()
+  flags.define("list", "what", "train,sample", "Programs to time.")
+  flags.define("integer", "repeats", 10, "Timed calls of each.", lower_bound=10)
+  flags.define("string", "out", None, "X.json to keep the figures in.")
+  flags.define("string", "compare", None, "X.json of another run, for ratios.")
+  flags.define("bool", "overwrite", False, "Replace an existing output.")
+
+
+def main(args: cli.Args) -> None:
   from arflow_jax.analysis import bench_report, benchmark
 
-  args = flags.FLAGS
   if args.out:
     bench_report.check_output(args.out, args.overwrite)
   other = bench_report.read(args.compare) if args.compare else None
@@ -32,10 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.define_config()
-  flags.DEFINE_list("what", "train,sample", "Programs to time.")
-  flags.DEFINE_integer("repeats", 10, "Timed calls of each.", lower_bound=10)
-  flags.DEFINE_string("out", None, "X.json to keep the figures in.")
-  flags.DEFINE_string("compare", None, "X.json of another run, for ratios.")
-  flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
-  cli.run(main)
+  cli.run(__name__)

@@ -1,119 +1,200 @@
 """What all mains share: flags, one-line errors, a light start.
 
-Nothing heavy is imported before the flags are parsed, so `--help` and usage
-errors answer at once.
+A main is a module with a docstring, `define(flags)` and `main(args)`. `execute`
+calls it with any arguments, as often as wanted: flags are made anew each time.
+Nothing heavy is imported before they are parsed, so `--help` and usage errors
+answer at once.
 """
 
-import re
+import ast
+import functools
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
-from arflow_jax.config import flatten, nearest
+from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 
-_required: list[str] = []
+Args = types.SimpleNamespace  # the value of every flag, by its name
 
 
-def require(name: str) -> None:
-  """Makes a flag one that must be given."""
-  _required.append(name)
+class Flags:
+  """The flags of one call of a main."""
 
-
-def define_config(default: str | None = None) -> None:
-  """Defines `--config=FILE.py:VARIANT` with `--config.key=value` overrides."""
-  config_flags.DEFINE_config_file(
-    "config", default, "Config file and variant, e.g. configs/arflow.py:digits."
-  )
-  if default is None:
-    require("config")
-
-
-def define_workdir() -> None:
-  """Defines the required `--workdir`."""
-  flags.DEFINE_string(
-    "workdir", None, "Directory of the run: checkpoints, metrics, samples."
-  )
-  require("workdir")
-
-
-def run(main: Callable[[], None]) -> None:
-  """Parses the flags, runs `main` and exits; errors a user can mend are a line.
-
-  Exit codes: 0 done, 1 an error, 2 a usage error.
-  """
-  if {"--help", "-help", "-h", "--helpshort"} & set(sys.argv[1:]):
-    print(_help())
-    sys.exit(0)
-  try:
-    _parse(sys.argv)
-  except (flags.Error, ConfigError) as error:
-    _fail(error, 2)
-  try:
-    main()
-  except (ConfigError, FloatingPointError, OSError) as error:
-    _fail(error, 1)
-  except KeyboardInterrupt:
-    _fail("interrupted", 130)
-
-
-def _help() -> str:
-  lines = [sys.modules["__main__"].__doc__.strip(), "", "flags:"]
-  modules = flags.FLAGS.flags_by_module_dict()
-  for module in (__name__, sys.argv[0]):
-    for flag in modules.get(module, []):
-      note = (
-        "required"
-        if flag.name in _required
-        else f"default {flag.default_as_str}"
-      )
-      lines.append(f"  --{flag.name:12} {flag.help} ({note})")
-  return "\n".join(lines)
-
-
-def _parse(argv: list[str]) -> None:
-  try:
-    unexpected = flags.FLAGS(argv)[1:]
-    if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-      flags.FLAGS.config.get("branch")  # raises where the file did not load
-  except flags.UnrecognizedFlagError as error:
-    name = error.flagname
-    known = [f"--{flag}" for flag in flags.FLAGS]
-    hint = nearest(f"--{name}", known)
-    raise ConfigError(f"unknown flag --{name}{hint}") from None
-  except (AttributeError, KeyError) as error:
-    raise _unknown_key(argv, str(error)) from None
-  except OSError as error:
-    reason = str(error).strip().splitlines()[-1].strip()
-    raise ConfigError(f"--config cannot be loaded: {reason}") from None
-  except flags.IllegalFlagValueError as error:
-    # An error inside the config file arrives with its whole stack trace.
-    reason = str(error).strip().splitlines()[-1]
-    raise ConfigError(re.sub(r"^[\w.]+Error: ", "", reason)) from None
-  if unexpected:
-    raise ConfigError(
-      f"unexpected argument {unexpected[0]!r}; flags look like --name=value"
+  def __init__(self):
+    self._values = flags.FlagValues()
+    self._values.set_gnu_getopt()  # reads on after what it does not know
+    self._required: list[str] = []
+    flags.DEFINE_bool(
+      "help", False, "", short_name="h", flag_values=self._values
     )
-  for name in _required:
-    if flags.FLAGS[name].value in (None, ""):
-      raise ConfigError(f"--{name} is required; see --help")
+
+  def define(
+    self,
+    kind: str,
+    name: str,
+    default: Any,
+    text: str,
+    *,
+    required: bool = False,
+    **limits: Any,
+  ) -> None:
+    """Defines a flag.
+
+    Args:
+      kind: what follows `DEFINE_` in absl's names, such as "integer".
+      name: of the flag.
+      default: its value where it is not given.
+      text: what `--help` says of it.
+      required: whether it must be given, and not be empty.
+      **limits: what else absl takes, such as `lower_bound`.
+    """
+    make = getattr(flags, f"DEFINE_{kind}")
+    make(
+      name=name,
+      default=default,
+      help=text,
+      flag_values=self._values,
+      **limits,
+    )
+    if required:
+      self._required.append(name)
+
+  def config(self, default: str | None = None) -> None:
+    """Defines `--config=FILE.py:VARIANT`, its keys `--config.key=value`."""
+    text = "Config file and variant, e.g. configs/arflow.py:digits."
+    self.define("string", "config", default, text, required=default is None)
+
+  def workdir(self) -> None:
+    """Defines the required `--workdir`."""
+    text = "Directory of the run: checkpoints, metrics, samples."
+    self.define("string", "workdir", None, text, required=True)
+
+  def help(self) -> str:
+    """One line a flag."""
+    lines = ["flags:"]
+    for name in self._values:
+      flag = self._values[name]
+      note = f"default {flag.default_as_str}"
+      if name in self._required:
+        note = "required"
+      if name not in ("help", "h"):
+        lines.append(f"  --{name:12} {flag.help} ({note})")
+    return "\n".join(lines)
+
+  def parse(self, argv: Sequence[str]) -> Args | None:
+    """The value of every flag; `config` as a ConfigDict. None: help is wanted.
+
+    Raises:
+      absl.flags.Error, ValueError: arguments that cannot be used.
+    """
+    rest = self._values(["", *argv], known_only=True)
+    args = Args(**self._values.flag_values_dict())
+    if args.help:
+      return None
+    config = None
+    if "config" in self._values:
+      if not args.config:
+        raise ConfigError("--config is required; see --help")
+      args.config = config = config_lib.from_file(args.config)
+    self._override(config, rest)
+    for name in self._required:
+      if getattr(args, name) in (None, ""):
+        raise ConfigError(f"--{name} is required; see --help")
+    return args
+
+  def _override(self, config: ConfigDict | None, argv: list[str]) -> None:
+    """Sets keys of the config from the arguments that are no flags."""
+    keys = list(config_lib.flatten(config.to_dict())) if config else []
+    overrides = flags.FlagValues()
+    for key in keys:
+      _define_key(config, key, overrides)
+    try:
+      unexpected = overrides(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+      name = error.flagname
+      key = name.removeprefix("config.")
+      if keys and key != name:
+        hint = config_lib.nearest(key, keys)
+        raise ConfigError(f"unknown config key --{name}{hint}") from None
+      known = [f"--{flag}" for flag in (*self._values, *overrides)]
+      hint = config_lib.nearest(f"--{name}", known)
+      raise ConfigError(f"unknown flag --{name}{hint}") from None
+    if unexpected:
+      raise ConfigError(
+        f"unexpected argument {unexpected[0]!r}; flags look like --name=value"
+      )
+    for key in keys:
+      if (flag := overrides[f"config.{key}"]).present:
+        config.update_from_flattened_dict({key: flag.value})
 
 
-def _unknown_key(argv: list[str], message: str) -> ConfigError:
-  """Finds the override of no known key and names the nearest one."""
-  words = " ".join(argv[1:]).replace("--config ", "--config=").split()
-  overrides = dict(w.lstrip("-").partition("=")[::2] for w in words)
-  config = flags.FLAGS["config"].parser.parse(overrides.get("config", ""))
-  known = list(flatten(config.to_dict()))
-  for name in overrides:
-    key = name.removeprefix("config.")
-    if key != name and key not in known:
-      return ConfigError(f"unknown config key --{name}{nearest(key, known)}")
-  return ConfigError(" ".join(message.split()))
+class _TupleParser(flags.ArgumentParser):
+  """Reads `(1, 2)`, `1,2` and a single value."""
+
+  def parse(self, argument: str) -> tuple:
+    try:
+      value = ast.literal_eval(argument)
+    except (ValueError, SyntaxError):
+      value = argument  # a bare word is text
+    return value if isinstance(value, tuple) else (value,)
 
 
-def _fail(error: object, code: int) -> None:
+def _define_key(
+  config: ConfigDict, key: str, overrides: flags.FlagValues
+) -> None:
+  *groups, name = key.split(".")
+  kind = functools.reduce(getattr, groups, config).get_type(name)
+  parsers = {
+    int: flags.IntegerParser,
+    float: flags.FloatParser,
+    bool: flags.BooleanParser,
+    str: flags.ArgumentParser,
+    tuple: _TupleParser,
+  }
+  flag = flags.Flag(
+    parsers[kind](), None, f"config.{key}", None, "", boolean=kind is bool
+  )
+  flags.DEFINE_flag(flag, overrides)
+
+
+def execute(module: types.ModuleType, argv: Sequence[str]) -> int:
+  """Calls a main; errors that a user can mend are one line.
+
+  Args:
+    module: the main.
+    argv: its arguments, without a program's name before them.
+
+  Returns:
+    The exit code: 0 done, 1 an error, 2 a usage error, 130 interrupted.
+  """
+  own = Flags()
+  module.define(own)
+  try:
+    args = own.parse(argv)
+  except (flags.Error, ValueError) as error:
+    return _fail(error, 2)
+  if args is None:
+    print(f"{module.__doc__.strip()}\n\n{own.help()}")
+    return 0
+  try:
+    module.main(args)
+  except (ConfigError, FloatingPointError, OSError) as error:
+    return _fail(error, 1)
+  except KeyboardInterrupt:
+    return _fail("interrupted", 130)
+  return 0
+
+
+def run(name: str) -> None:
+  """Executes the main of this name with the program's arguments and exits."""
+  sys.exit(execute(sys.modules[name], sys.argv[1:]))
+
+
+def _fail(error: object, code: int) -> int:
   print(f"error: {error}", file=sys.stderr)
-  sys.exit(code)
+  return code

@@ -6,7 +6,9 @@ Config files in `configs/` start from `default_config` and fill in a branch's
 
 import difflib
 import functools
+import importlib.util
 import json
+import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -68,6 +70,35 @@ def default_config() -> ConfigDict:
   config.sample = ConfigDict()
   config.log = ConfigDict({"every": 100})  # steps between progress lines
   return config
+
+
+def from_file(name: str) -> ConfigDict:
+  """The config of `FILE.py:VARIANT`, as `--config` names it.
+
+  A relative path that is not there is looked for beside the package, where a
+  checkout has its `configs/`.
+
+  Raises:
+    ConfigError: no such file, or it fails.
+  """
+  file, colon, variant = name.partition(":")
+  path, beside = pathlib.Path(file), pathlib.Path(__file__).parents[1] / file
+  if not path.exists() and beside.exists():
+    path = beside
+  spec = importlib.util.spec_from_file_location("config_file", path)
+  if not path.is_file() or spec is None:
+    wrong = "is no Python file" if path.exists() else "does not exist"
+    raise ConfigError(f"--config cannot be loaded: {file} {wrong}")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    return module.get_config(*[variant] * bool(colon))
+  except ConfigError:
+    raise
+  except Exception as error:  # whatever a file of the user's may raise
+    raise ConfigError(
+      f"--config cannot be loaded: {file}: {type(error).__name__}: {error}"
+    ) from error
 
 
 def dumps(config: ConfigDict) -> str:

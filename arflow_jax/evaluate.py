@@ -7,14 +7,28 @@ training images gives the asked class, and the Frechet distance in pixel space
 to the images the model never saw, beside that of real training images.
 """
 
-from absl import flags
-
 from arflow_jax import cli
 from arflow_jax.errors import ConfigError
 
 
-def main() -> None:
-  args = flags.FLAGS
+def define(flags: cli.Flags) -> None:
+  flags.workdir()
+  flags.define(
+    "list", "guidance", ["1.0", "1.5"], "Guidance scales to compare."
+  )
+  flags.define(
+    "integer",
+    "num_samples",
+    None,
+    "Images at each scale; the run's own number if unset.",
+  )
+  flags.define(
+    "multi_string", "set", [], "KEY=VALUE of the run's sample config."
+  )
+  flags.define("integer", "seed", 0, "Seed of the noise.", lower_bound=0)
+
+
+def main(args: cli.Args) -> None:
   try:
     scales = [float(scale) for scale in args.guidance]
   except ValueError as error:
@@ -32,11 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.define_workdir()
-  flags.DEFINE_list("guidance", ["1.0", "1.5"], "Guidance scales to compare.")
-  flags.DEFINE_integer(
-    "num_samples", None, "Images at each scale; the run's own number if unset."
-  )
-  flags.DEFINE_multi_string("set", [], "KEY=VALUE of the run's sample config.")
-  flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
-  cli.run(main)
+  cli.run(__name__)

@@ -6,18 +6,19 @@ Any config key can be set: --config.optimizer.peak_lr=1e-3. Launching the same
 command again resumes from the newest checkpoint.
 """
 
-from absl import flags
-
 from arflow_jax import cli
 
 
-def main() -> None:
+def define(flags: cli.Flags) -> None:
+  flags.config()
+  flags.workdir()
+
+
+def main(args: cli.Args) -> None:
   from arflow_jax.training import loop
 
-  loop.train(flags.FLAGS.config, flags.FLAGS.workdir)
+  loop.train(args.config, args.workdir)
 
 
 if __name__ == "__main__":
-  cli.define_config()
-  cli.define_workdir()
-  cli.run(main)
+  cli.run(__name__)

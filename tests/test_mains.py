@@ -1,188 +1,281 @@
-"""The mains as a user types them: help, one-line errors, whole commands."""
+"""The mains, called with arguments: help, one-line errors, whole commands."""
 
+import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
+from arflow_jax import bench, bench_attention, cli, evaluate, sample, train
+from arflow_jax.analysis import benchmark
+from arflow_jax.training import loop
 from tests.tiny import flags
 
-MAINS = ["train", "sample", "evaluate", "bench"]
+MAINS = [train, sample, evaluate, bench, bench_attention]
 CONFIG = "--config=configs/arflow.py:digits"
-TINY_RUN = "tests/sampling/tiny_run"
+ROOT = pathlib.Path(__file__).parents[1]
+TINY_RUN = str(ROOT / "tests" / "sampling" / "tiny_run")
 
 
-def _run(main, *args):
+def _python(*args, cwd):
   return subprocess.run(
-    [sys.executable, "-m", f"arflow_jax.{main}", *args],
+    [sys.executable, *args],
     capture_output=True,
     text=True,
     check=False,
+    cwd=cwd,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
   )
 
 
-@pytest.mark.parametrize("main", MAINS)
-def test_help_is_useful_and_quick(main):
-  done = _run(main, "--help")
-  assert done.returncode == 0
-  assert f"python -m arflow_jax.{main}" in done.stdout
-  assert "flags:" in done.stdout
+@pytest.mark.parametrize("main", MAINS, ids=lambda main: main.__name__)
+def test_help_names_the_command_and_every_flag(main, capsys):
+  assert cli.execute(main, ["--help"]) == 0
+  out = capsys.readouterr().out
+  assert f"python -m {main.__name__}" in out
+  assert "flags:" in out
+  assert "(required)" in out or main is bench_attention
+  assert "(default " in out or main is train
+
+
+def test_help_and_flags_import_nothing_heavy(tmp_path):
+  """All mains at once, in a Python of their own."""
+  names = ", ".join(main.__name__.partition(".")[2] for main in MAINS)
+  program = f"""
+import sys
+from arflow_jax import cli, {names}
+
+for main in ({names}):
+  assert cli.execute(main, ["-h"]) == 0
+  own = cli.Flags()
+  main.define(own)
+  given = ["--config=configs/flowar.py:digits", "--workdir=x", "--out=x"]
+  assert own.parse([f for f in given if f.split("=")[0] in own.help()])
+heavy = {{"jax", "flax", "tensorflow", "sklearn", "orbax", "grain"}}
+print("imported", heavy & set(sys.modules))
+"""
+  done = _python("-c", program, cwd=tmp_path)
   assert done.stderr == ""
+  assert done.stdout.splitlines()[-1] == "imported set()"
 
 
-def test_importing_the_package_imports_nothing_else():
-  program = "import sys, arflow_jax; print('jax' in sys.modules)"
-  done = subprocess.run(
-    [sys.executable, "-c", program], capture_output=True, text=True, check=True
-  )
-  assert done.stdout == "False\n"
+def test_a_command_exits_with_the_code(tmp_path):
+  """From a folder without configs, which are found beside the package."""
+  done = _python("-m", "arflow_jax.train", "--help", cwd=tmp_path)
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "python -m arflow_jax.train" in done.stdout
+  done = _python("-m", "arflow_jax.train", CONFIG, "--seed=1", cwd=tmp_path)
+  assert done.returncode == 2
+  assert done.stderr.splitlines() == [
+    "error: unknown flag --seed; did you mean --config.seed?"
+  ]
 
 
-def test_parsing_flags_imports_nothing_heavy():
-  program = (
-    "import sys; import arflow_jax.train, configs.arflow\n"
-    "configs.arflow.get_config()\n"
-    "heavy = {'jax', 'flax', 'tensorflow', 'sklearn', 'orbax', 'grain'}\n"
-    "print(heavy & set(sys.modules))"
-  )
-  done = subprocess.run(
-    [sys.executable, "-c", program], capture_output=True, text=True, check=True
-  )
-  assert done.stdout == "set()\n"
+USAGE_ERRORS = [
+  (train, [CONFIG], "--workdir is required"),
+  (train, ["--workdir=x"], "--config is required"),
+  (train, [CONFIG, "--workdir="], "--workdir is required"),
+  (train, [CONFIG, "--workdri=x"], "--workdri; did you mean --workdir?"),
+  (train, [CONFIG, "--workdir=x", "y"], "unexpected argument 'y'"),
+  (train, [CONFIG, "--workdir=x", "--config.seed"], "Missing value"),
+  (
+    train,
+    [CONFIG, "--config.optimizer.peek_lr=1"],
+    "unknown config key --config.optimizer.peek_lr;"
+    " did you mean optimizer.peak_lr?",
+  ),
+  (
+    train,
+    [CONFIG, "--config.optimizer.lr=1"],
+    "--config.optimizer.lr; did you mean optimizer.peak_lr?",
+  ),
+  (
+    train,
+    [CONFIG, "--config.optimzer.peak_lr", "1"],
+    "--config.optimzer.peak_lr; did you mean optimizer.peak_lr?",
+  ),
+  (train, [CONFIG, "--config.foo=1"], "--config.foo; did you"),
+  (
+    train,
+    [CONFIG, "--optimizer.peak_lr=1"],
+    "--optimizer.peak_lr; did you mean --config.optimizer.peak_lr?",
+  ),
+  (
+    train,
+    [CONFIG, "--config.optimizer.peak_lr=fast"],
+    "--config.optimizer.peak_lr=fast",
+  ),
+  (train, [CONFIG, "--config.steps=1e5"], "--config.steps=1e5"),
+  (train, [CONFIG, "--config.data.flip=maybe"], "--config.data.flip=maybe"),
+  (train, ["--config=configs/arflow.py:digit"], "unknown variant 'digit'"),
+  (train, ["--config=nope.py"], "nope.py does not exist"),
+  (train, ["--config=README.md"], "README.md is no Python file"),
+  (sample, ["--workdir=x"], "--out is required"),
+  (sample, ["--out=x.png"], "--workdir is required"),
+  (sample, ["--workdir=x", "--out=y", "--seed=-1"], "--seed=-1"),
+]
+ERRORS = [
+  (bench, [CONFIG, "--what=train,smaple"], "--what=smaple is unknown"),
+  (bench, [CONFIG, "--compare=none.json"], "--compare=none.json is no"),
+  (bench, [CONFIG, "--out=speed.txt"], "--out=speed.txt must end in .json"),
+  (
+    bench_attention,
+    ["--sizes=XXL"],
+    "--sizes=XXL is unknown; choose from ['S', 'B', 'L', 'XL']",
+  ),
+  (
+    bench_attention,
+    ["--tokens=many"],
+    "--tokens=many must be positive whole numbers, such as --tokens=256,64",
+  ),
+  (
+    bench_attention,
+    ["--step_batch=100"],
+    "--step_batch=100 is not a multiple of 256",
+  ),
+  (train, [*flags(), "--workdir=README.md"], "README.md"),
+  (train, [CONFIG, "--workdir=x", "--config.seed=-1"], "seed=-1"),
+  (
+    train,
+    [CONFIG, "--workdir=x", "--config.model.patch_size=3"],
+    "model.patch_size=3 does not divide the image size 8",
+  ),
+  (
+    train,
+    [*flags(), "--workdir=x", "--config.data.sequence_length=200"],
+    "fewer than data.sequence_length=200",
+  ),
+  (
+    train,
+    [CONFIG, f"--workdir={TINY_RUN}"],
+    f"{TINY_RUN} holds a run of another config",
+  ),
+  (
+    sample,
+    ["--workdir=absent", "--out=x.png"],
+    "--workdir=absent holds no checkpoint",
+  ),
+  (
+    sample,
+    [f"--workdir={TINY_RUN}", "--out=absent.png", "--labels=0-12"],
+    "labels [11, 12] are out of range",
+  ),
+  (
+    sample,
+    [f"--workdir={TINY_RUN}", f"--out={TINY_RUN}.npz"],
+    "exists; choose another or add --overwrite",
+  ),
+  (
+    sample,
+    [f"--workdir={TINY_RUN}", "--out=absent.png", "--set=num_steps"],
+    "--set=num_steps must look like --set=KEY=VALUE",
+  ),
+  (
+    evaluate,
+    [f"--workdir={TINY_RUN}", "--guidance=1,high"],
+    "--guidance=['1', 'high']",
+  ),
+  (
+    evaluate,
+    [f"--workdir={TINY_RUN}", "--guidance=-1"],
+    "guidance=-1.0 must not be negative",
+  ),
+]
 
 
 @pytest.mark.parametrize(
-  ("main", "args", "message"),
+  ("code", "main", "args", "message"),
+  [(2, *row) for row in USAGE_ERRORS] + [(1, *row) for row in ERRORS],
+)
+def test_bad_input_is_one_clear_line(code, main, args, message, capsys):
+  assert cli.execute(main, args) == code
+  err = capsys.readouterr().err
+  (line,) = err.splitlines()
+  assert line.startswith("error: ")
+  assert message in line
+
+
+def test_a_config_file_that_fails_is_one_clear_line(tmp_path, capsys):
+  path = tmp_path / "mine.py"
+  path.write_text("def get_config():\n  return nothing\n")
+  assert cli.execute(train, [f"--config={path}", "--workdir=x"]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "mine.py: NameError: name 'nothing' is not defined" in line
+
+
+@pytest.mark.parametrize(
+  ("error", "code", "line"),
   [
-    ("train", [CONFIG], "--workdir is required"),
-    ("train", ["--workdir=x"], "--config is required"),
-    ("bench", [CONFIG, "--what=train,smaple"], "--what=smaple is unknown"),
-    ("bench", [CONFIG, "--compare=none.json"], "--compare=none.json is no"),
-    ("bench", [CONFIG, "--out=speed.txt"], "--out=speed.txt must end in .json"),
-    ("train", [CONFIG, "--workdri=x"], "--workdri; did you mean --workdir?"),
-    ("train", [CONFIG, "--workdir=x", "y"], "unexpected argument 'y'"),
-    (
-      "train",
-      [CONFIG, "--workdir=x", "--config.optimizer.peek_lr=1"],
-      "--config.optimizer.peek_lr; did you mean optimizer.peak_lr?",
-    ),
-    (
-      "train",
-      [CONFIG, "--workdir=x", "--config.optimizer.lr=1"],
-      "--config.optimizer.lr; did you mean optimizer.peak_lr?",
-    ),
-    (
-      "train",
-      [CONFIG, "--workdir=x", "--config.optimzer.peak_lr=1"],
-      "--config.optimzer.peak_lr; did you mean optimizer.peak_lr?",
-    ),
-    (
-      "train",
-      [CONFIG, "--workdir=x", "--config.foo=1"],
-      "--config.foo; did you",
-    ),
-    ("train", [CONFIG, "--workdir="], "--workdir is required"),
-    ("train", [CONFIG, "--workdir=README.md"], "README.md"),
-    ("train", [CONFIG, "--workdir=x", "--config.seed=-1"], "seed=-1"),
-    (
-      "train",
-      [CONFIG, "--workdir=x", "--config.optimizer.peak_lr=fast"],
-      "--config.optimizer.peak_lr=fast",
-    ),
-    (
-      "train",
-      ["--config=configs/arflow.py:digit", "--workdir=x"],
-      "unknown variant 'digit'",
-    ),
-    ("train", ["--config=nope.py", "--workdir=x"], "nope.py"),
-    (
-      "train",
-      [CONFIG, "--workdir=x", "--config.model.patch_size=3"],
-      "model.patch_size=3 does not divide the image size 8",
-    ),
-    (
-      "train",
-      [CONFIG, "--workdir=x", "--config.data.sequence_length=200"],
-      "fewer than data.sequence_length=200",
-    ),
-    (
-      "train",
-      [CONFIG, f"--workdir={TINY_RUN}"],
-      f"{TINY_RUN} holds a run of another config",
-    ),
-    ("sample", ["--workdir=x"], "--out is required"),
-    ("sample", ["--out=x.png"], "--workdir is required"),
-    (
-      "sample",
-      ["--workdir=absent", "--out=x.png"],
-      "--workdir=absent holds no checkpoint",
-    ),
-    (
-      "sample",
-      [f"--workdir={TINY_RUN}", "--out=absent.png", "--labels=0-12"],
-      "labels [11, 12] are out of range",
-    ),
-    (
-      "sample",
-      [f"--workdir={TINY_RUN}", f"--out={TINY_RUN}.npz"],
-      "exists; choose another or add --overwrite",
-    ),
-    (
-      "evaluate",
-      [f"--workdir={TINY_RUN}", "--guidance=1,high"],
-      "--guidance=['1', 'high']",
-    ),
-    (
-      "evaluate",
-      [f"--workdir={TINY_RUN}", "--guidance=-1"],
-      "guidance=-1.0 must not be negative",
-    ),
+    (FloatingPointError("loss is nan at step 3"), 1, "loss is nan at step 3"),
+    (OSError("No space left"), 1, "No space left"),
+    (KeyboardInterrupt(), 130, "interrupted"),
   ],
 )
-def test_bad_input_is_one_clear_line(main, args, message):
-  done = _run(main, *args)
-  assert done.returncode in (1, 2)
-  lines = done.stderr.strip().splitlines()
-  assert len(lines) == 1, done.stderr
-  assert lines[0].startswith("error: ")
-  assert message in lines[0]
+def test_what_stops_a_run_is_one_clear_line(
+  error, code, line, capsys, monkeypatch
+):
+  def fail(config, workdir):
+    raise error
+
+  monkeypatch.setattr(loop, "train", fail)
+  assert cli.execute(train, [CONFIG, "--workdir=x"]) == code
+  assert capsys.readouterr().err == f"error: {line}\n"
 
 
-def test_a_diverging_run_is_one_clear_line(tmp_path):
-  args = flags(optimizer__peak_lr=1e30, optimizer__warmup_steps=0, log__every=1)
-  done = _run("train", *args, f"--workdir={tmp_path}")
-  assert done.returncode == 1
-  assert "Traceback" not in done.stderr
-  assert "at step" in done.stderr
-  assert "checkpoint" in done.stderr
+def test_values_reach_the_config_with_their_types(monkeypatch):
+  seen = []
+  monkeypatch.setattr(loop, "train", lambda *args: seen.append(args))
+  args = [
+    "--config.optimizer.peak_lr=1",
+    "--config=configs/flowar.py:digits",
+    "--config.data.flip",
+    "--noconfig.model.cross_attention",
+    "--config.model.scales=(2, 4, 8)",
+    "--config.sample.scale_steps=4,4,4,6",
+    "--config.data.dir",
+    "123",
+    "--config.optimizer.decay_steps=7",
+    "--workdir=x",
+  ]
+  assert cli.execute(train, args) == 0
+  assert cli.execute(train, [CONFIG, "--workdir=y"]) == 0
+  (config, workdir), (other, elsewhere) = seen
+  assert (workdir, elsewhere) == ("x", "y")
+  assert config.optimizer.peak_lr == 1.0
+  assert isinstance(config.optimizer.peak_lr, float)
+  assert config.data.flip is True
+  assert config.model.scales == (2, 4, 8)
+  assert config.sample.scale_steps == (4, 4, 4, 6)
+  assert config.data.dir == "123"
+  assert config.optimizer.decay_steps == 7
+  # Nothing is left of one call in the next.
+  assert other.branch == "arflow"
+  assert other.data.flip is False
+  assert other.data.dir is None
 
 
 @pytest.mark.parametrize("family", ["arflow", "flowar"])
-def test_train_then_sample(family, tmp_path):
+def test_train_then_sample(family, tmp_path, capsys):
   run = tmp_path / "run"
-  done = _run("train", *flags(family), f"--workdir={run}")
-  assert done.returncode == 0, done.stderr
-  assert "finished 4 steps" in done.stdout
-  assert "images/s" in done.stdout
-  out = run / "samples.png"
-  done = _run(
-    "sample",
-    f"--workdir={run}",
-    "--labels=0-9",
-    "--per_label=2",
-    "--guidance=1.5",
-    f"--out={out}",
-  )
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.splitlines()[-1] == str(out)
-  assert "20/20" in done.stderr  # the progress bar
-  assert out.stat().st_size > 0
+  assert cli.execute(train, [*flags(family), f"--workdir={run}"]) == 0
+  out = capsys.readouterr().out
+  assert "finished 4 steps" in out
+  assert "images/s" in out
+  sheet = run / "samples.png"
+  args = [f"--workdir={run}", "--labels=0-9", "--per_label=2"]
+  assert cli.execute(sample, [*args, "--guidance=1.5", f"--out={sheet}"]) == 0
+  out, err = capsys.readouterr()
+  assert out.splitlines()[-1] == str(sheet)
+  assert "20/20" in err  # the progress bar
+  assert sheet.stat().st_size > 0
 
 
-def test_bench_prints_keeps_and_compares(tmp_path):
+def test_bench_prints_keeps_and_compares(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(benchmark, "product_side", lambda: 64)
   out = tmp_path / "kept" / "a.json"
-  done = _run("bench", *flags(), f"--out={out}")
-  assert done.returncode == 0, done.stderr
+  assert cli.execute(bench, [*flags(), f"--out={out}"]) == 0
+  printed = capsys.readouterr().out
   for row in (
     "compile time",
     "step time (median)",
@@ -191,13 +284,13 @@ def test_bench_prints_keeps_and_compares(tmp_path):
     "peak memory",
     "input wait",
   ):
-    assert row in done.stdout
-  done = _run("bench", *flags(), "--what=sample", f"--out={out}")
-  assert done.returncode == 1
-  assert "exists; give --overwrite" in done.stderr
-  done = _run("bench", *flags(), "--what=sample", f"--compare={out}")
-  assert done.returncode == 0, done.stderr
-  head, _, ratios = done.stdout.partition("this run / the other")
+    assert row in printed
+  assert printed.splitlines()[-1] == str(out)
+  only = [*flags(), "--what=sample"]
+  assert cli.execute(bench, [*only, f"--out={out}"]) == 1
+  assert "exists; give --overwrite" in capsys.readouterr().err
+  assert cli.execute(bench, [*only, f"--compare={out}"]) == 0
+  head, _, ratios = capsys.readouterr().out.partition("this run / the other")
   assert "train" not in head
   assert "step_time" in ratios
   assert "train" not in ratios

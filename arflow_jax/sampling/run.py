@@ -101,7 +101,7 @@ def sample_to_file(
         yield block
 
   names = ["none" if c == run.branch.num_classes else str(c) for c in classes]
-  writers.write(out, blocks(), every, names, per_label)
+  writers.write(out, blocks(), every.tolist(), names, per_label)
 
 
 def parse_overrides(

@@ -1,7 +1,7 @@
 """Hybrid attention alone: times on this machine, or figures for a TPU.
 
-  python -m arflow_jax.kernels.hybrid_attention.bench --out=attention.json
-  python -m arflow_jax.kernels.hybrid_attention.bench --topology=v5e
+  python -m arflow_jax.bench_attention --out=attention.json
+  python -m arflow_jax.bench_attention --topology=v5e
 
 The first times every implementation that this machine can run, in turn. The
 second needs no TPU but libtpu: what its compiler says of each implementation,
@@ -10,14 +10,58 @@ and of the whole ARFlow-XL/2 train step with each.
 
 import tempfile
 
-from absl import flags
-
 from arflow_jax import cli
 from arflow_jax.errors import ConfigError
 
+_NUMBERS = {"tokens": "256,64", "images": "5,1", "step_batch": "256"}
 
-def main() -> None:
-  args = flags.FLAGS
+
+def define(flags: cli.Flags) -> None:
+  flags.define("list", "sizes", "S,B,L,XL", "Published networks.")
+  flags.define("list", "tokens", _NUMBERS["tokens"], "Tokens an image.")
+  flags.define("list", "images", _NUMBERS["images"], "Images in a sequence.")
+  flags.define("integer", "batch", 8, "Sequences.", lower_bound=1)
+  flags.define(
+    "enum",
+    "dtype",
+    "bfloat16",
+    "Of q, k, v.",
+    enum_values=["bfloat16", "float32"],
+  )
+  flags.define(
+    "enum",
+    "form",
+    "fused",
+    "With norms and output gate, as ARFlow calls it, or without.",
+    enum_values=["fused", "plain"],
+  )
+  flags.define(
+    "list",
+    "implementations",
+    None,
+    "Names; by default all that can run here, or xla,pallas_tpu.",
+  )
+  flags.define("integer", "repeats", 10, "Timed calls of each.", lower_bound=3)
+  flags.define(
+    "enum",
+    "topology",
+    None,
+    "Compile for this TPU instead.",
+    enum_values=["v5e", "v5p", "v6e"],
+  )
+  flags.define("bool", "step", True, "With --topology: the train step as well.")
+  flags.define(
+    "list",
+    "step_batch",
+    _NUMBERS["step_batch"],
+    "Its batch sizes, on 256 chips.",
+  )
+  flags.config("configs/arflow.py:imagenet256-xl2")
+  flags.define("string", "out", None, "X.json to keep the figures in.")
+  flags.define("bool", "overwrite", False, "Replace an existing output.")
+
+
+def main(args: cli.Args) -> None:
   if args.topology:
     from arflow_jax.analysis import tpu
 
@@ -28,25 +72,24 @@ def main() -> None:
     _report(args, None)
 
 
-def _numbers(flag: str) -> list[int]:
-  values = flags.FLAGS[flag].value
+def _numbers(args: cli.Args, flag: str) -> list[int]:
+  values = getattr(args, flag)
   if not values or not all(v.isdecimal() and int(v) > 0 for v in values):
     raise ConfigError(
       f"--{flag}={','.join(values)} must be positive whole numbers, such as"
-      f" --{flag}={flags.FLAGS[flag].default[0]}"
+      f" --{flag}={_NUMBERS[flag]}"
     )
   return [int(value) for value in values]
 
 
-def _report(args, dump: str | None) -> None:
+def _report(args: cli.Args, dump: str | None) -> None:
   from arflow_jax.analysis import attention_bench as bench
   from arflow_jax.analysis import bench_report
   from arflow_jax.kernels.hybrid_attention import cases
 
   if args.out:
     bench_report.check_output(args.out, args.overwrite)
-  tokens, images = _numbers("tokens"), _numbers("images")
-  batches = _numbers("step_batch")
+  tokens, images, batches = (_numbers(args, flag) for flag in _NUMBERS)
   bench.check_step(args.config, batches)
   for size in args.sizes:
     if size not in cases.PUBLISHED_HEADS:
@@ -77,29 +120,4 @@ def _report(args, dump: str | None) -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_list("sizes", "S,B,L,XL", "Published networks.")
-  flags.DEFINE_list("tokens", "256,64", "Tokens an image.")
-  flags.DEFINE_list("images", "5,1", "Images in a sequence.")
-  flags.DEFINE_integer("batch", 8, "Sequences.", lower_bound=1)
-  flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of q, k, v.")
-  flags.DEFINE_enum(
-    "form",
-    "fused",
-    ["fused", "plain"],
-    "With norms and output gate, as ARFlow calls it, or without.",
-  )
-  flags.DEFINE_list(
-    "implementations",
-    None,
-    "Names; by default all that can run here, or xla,pallas_tpu.",
-  )
-  flags.DEFINE_integer("repeats", 10, "Timed calls of each.", lower_bound=3)
-  flags.DEFINE_enum(
-    "topology", None, ["v5e", "v5p", "v6e"], "Compile for this TPU instead."
-  )
-  flags.DEFINE_bool("step", True, "With --topology: the train step as well.")
-  flags.DEFINE_list("step_batch", "256", "Its batch sizes, on 256 chips.")
-  cli.define_config("configs/arflow.py:imagenet256-xl2")
-  flags.DEFINE_string("out", None, "X.json to keep the figures in.")
-  flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
-  cli.run(main)
+  cli.run(__name__)
