@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.kernels import hybrid_attention
-from arflow_jax.nn import layers, patches, remat
+from arflow_jax.nn import layers, patches, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ModelConfig:
     learn_sigma: the published networks compute 2C output channels and drop the
       last C; True keeps their parameter count.
     dtype: type of the matrix products, "float32" or "bfloat16".
-    remat: what the backward pass recomputes, a name in `nn.remat.POLICIES`.
+    remat: what the backward pass recomputes, a name in `nn.stack.REMAT`.
     attention: implementation of the hybrid attention, or None for the best.
   """
 
@@ -70,7 +70,7 @@ class ModelConfig:
         f" model.num_heads={self.num_heads}"
       )
     layers.check_dtype(self.dtype)
-    remat.check(self.remat)
+    stack.check_remat(self.remat)
     if self.attention is not None:
       reason = hybrid_attention.misfit(
         self.attention,
@@ -200,14 +200,9 @@ class ARFlow(nnx.Module):
     self.label_embedding = layers.LabelEmbedding(
       config.num_classes, width, rngs=rngs
     )
-
-    # The blocks are one module whose parameters have a leading layer axis.
-    @nnx.split_rngs(splits=config.depth)
-    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
-    def stack(rngs):
-      return Block(config, dtype=dtype, rngs=rngs)
-
-    self.blocks = stack(rngs)
+    self.blocks = stack.build(
+      lambda rngs: Block(config, dtype=dtype, rngs=rngs), config.depth, rngs
+    )
     zero = dict(init=layers.zeros, rngs=rngs)
     self.final_modulation = layers.linear(
       width, 2 * width, (None, "embed"), dtype=jnp.float32, **zero
@@ -245,14 +240,13 @@ class ARFlow(nnx.Module):
     table = patches.sincos_table(config.side, config.width)
     tokens = tokens.astype(jnp.float32) + table  # the residual stream
     c = self.time_embedding(t) + self.label_embedding(labels)[:, None]
-    graphdef, blocks = nnx.split(self.blocks)
 
-    def block(tokens, layer):
-      params, state = layer
-      return nnx.merge(graphdef, params)(tokens, c, state, opaque_state)
+    def step(block, tokens, state):
+      return block(tokens, c, state, opaque_state)
 
-    block = remat.POLICIES[config.remat](block)
-    tokens, state = jax.lax.scan(block, tokens, (blocks, state))
+    tokens, state = stack.walk(
+      self.blocks, step, tokens, state, remat=config.remat
+    )
     shift, scale = jnp.split(self.final_modulation(jax.nn.silu(c)), 2, axis=-1)
     tokens = layers.modulate(layers.layer_norm(tokens), shift, scale)
     out = self.final_linear(tokens)

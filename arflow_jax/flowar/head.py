@@ -22,7 +22,7 @@ from arflow_jax.flowar.layers import (
   attend,
   modulated,
 )
-from arflow_jax.nn import layers, remat, rope
+from arflow_jax.nn import layers, rope, stack
 
 _HEAD = 64  # features of an attention head, as published
 
@@ -178,7 +178,7 @@ class FlowHead(nnx.Module):
     cross: bool,
     *,
     stretch: float,
-    remat_policy: str,
+    remat: str,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
@@ -190,13 +190,11 @@ class FlowHead(nnx.Module):
       context, width, (None, "embed"), **kwargs
     )
     self.input_proj = layers.linear(features, width, (None, "embed"), **kwargs)
-
-    @nnx.split_rngs(splits=depth)
-    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
-    def stack(rngs):
-      return Block(width, context, cross, dtype=dtype, rngs=rngs)
-
-    self.blocks = stack(rngs)
+    self.blocks = stack.build(
+      lambda rngs: Block(width, context, cross, dtype=dtype, rngs=rngs),
+      depth,
+      rngs,
+    )
     self.final_modulation = layers.linear(
       width, 2 * width, (None, "embed"), **kwargs
     )
@@ -204,7 +202,7 @@ class FlowHead(nnx.Module):
       width, features, ("embed", None), result=jnp.float32, **kwargs
     )
     self._cross, self._stretch = cross, stretch
-    self._remat, self._dtype = remat_policy, dtype
+    self._remat, self._dtype = remat, dtype
 
   def context(
     self, z: Float[Array, "B n W"], sides: tuple[int, ...]
@@ -219,13 +217,11 @@ class FlowHead(nnx.Module):
     if not self._cross:
       return Context(tokens, None)
     table = rope.table(sides, _HEAD, self._stretch)
-    graphdef, blocks = nnx.split(self.blocks)
 
-    def keys_and_values(_, params):
-      block = nnx.merge(graphdef, params)
-      return None, block.cross.keys_and_values(z.astype(self._dtype), table)
+    def step(block, carry, _):
+      return carry, block.cross.keys_and_values(z.astype(self._dtype), table)
 
-    return Context(tokens, jax.lax.scan(keys_and_values, None, blocks)[1])
+    return Context(tokens, stack.walk(self.blocks, step, None)[1])
 
   def __call__(
     self,
@@ -247,16 +243,11 @@ class FlowHead(nnx.Module):
     time = self.time_embedding(levels)
     condition = context.tokens + _per_token(time, lengths)
     h = self.input_proj(x.astype(self._dtype)).astype(jnp.float32)
-    graphdef, blocks = nnx.split(self.blocks)
 
-    def block(h, layer):
-      params, cross = layer
-      module = nnx.merge(graphdef, params)
-      return module(h, time, condition, cross, table, lengths), None
+    def step(block, h, cross):
+      return block(h, time, condition, cross, table, lengths), None
 
-    h, _ = jax.lax.scan(
-      remat.POLICIES[self._remat](block), h, (blocks, context.cross)
-    )
+    h, _ = stack.walk(self.blocks, step, h, context.cross, remat=self._remat)
     mod = self.final_modulation(jax.nn.silu(condition).astype(self._dtype))
     shift, scale = jnp.split(mod, 2, axis=-1)
     return self.final_linear(modulated(h, shift, scale, self._dtype))

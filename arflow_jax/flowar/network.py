@@ -26,7 +26,7 @@ from arflow_jax.flowar.layers import (
   attend,
   modulated,
 )
-from arflow_jax.nn import layers, remat, rope
+from arflow_jax.nn import layers, rope, stack
 
 # Keys and values of each layer, [L, B, m, H, D], of the encoder and decoder.
 KeysAndValues = tuple[Float[Array, "_ B _ H D"], Float[Array, "_ B _ H D"]]
@@ -54,7 +54,7 @@ class ModelConfig:
       the feed-forward's last layer, in the transformer, in training.
     rope_stretch: the range of positions that a scale of any side spans.
     dtype: type of the matrix products, "float32" or "bfloat16".
-    remat: what the backward pass recomputes, a name in `nn.remat.POLICIES`.
+    remat: what the backward pass recomputes, a name in `nn.stack.REMAT`.
   """
 
   image_size: int
@@ -101,7 +101,7 @@ class ModelConfig:
       )
     config_lib.probability("model.dropout", self.dropout)
     layers.check_dtype(self.dtype)
-    remat.check(self.remat)
+    stack.check_remat(self.remat)
 
   @property
   def pyramid(self) -> pyramid.Pyramid:
@@ -170,13 +170,8 @@ class FlowAR(nnx.Module):
       value = layers.normal(rngs.params(), (length, width), jnp.float32)
       return nnx.Param(value, axes=(None, "embed"))
 
-    def stack(depth):
-      @nnx.split_rngs(splits=depth)
-      @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
-      def blocks(rngs):
-        return Block(config, dtype=dtype, rngs=rngs)
-
-      return blocks(rngs)
+    def block(rngs):
+      return Block(config, dtype=dtype, rngs=rngs)
 
     self.label_embedding = layers.LabelEmbedding(
       config.num_classes, width, rngs=rngs
@@ -186,11 +181,11 @@ class FlowAR(nnx.Module):
     )
     self.token_norm = RMSNorm(width)
     self.encoder_positions = positions()
-    self.encoder = stack(config.encoder_depth)
+    self.encoder = stack.build(block, config.encoder_depth, rngs)
     self.encoder_norm = RMSNorm(width)
     self.decoder_proj = layers.linear(width, width, (None, "embed"), **kwargs)
     self.decoder_positions = positions()
-    self.decoder = stack(config.decoder_depth)
+    self.decoder = stack.build(block, config.decoder_depth, rngs)
     self.decoder_norm = RMSNorm(width)
     self.condition_positions = positions()
     self.head = FlowHead(
@@ -200,7 +195,7 @@ class FlowAR(nnx.Module):
       config.head_depth,
       config.cross_attention,
       stretch=config.rope_stretch,
-      remat_policy=config.remat,
+      remat=config.remat,
       **kwargs,
     )
 
@@ -270,17 +265,11 @@ class FlowAR(nnx.Module):
       parts.append(self.token_proj(flat).astype(jnp.float32))
     return jnp.concatenate(parts, axis=1), c
 
-  def _blocks(self, stack, h, common, cache, keys):
-    c, table, visible = common
-    graphdef, blocks = nnx.split(stack)
+  def _blocks(self, blocks, h, common, cache, keys):
+    def step(block, h, inputs):
+      return block(h, *common, *inputs)
 
-    def block(h, layer):
-      params, cache, keys = layer
-      module = nnx.merge(graphdef, params)
-      return module(h, c, table, visible, cache, keys)
-
-    block = remat.POLICIES[self.config.remat](block)
-    h, new = jax.lax.scan(block, h, (blocks, cache, keys))
+    h, new = stack.walk(blocks, step, h, (cache, keys), remat=self.config.remat)
     if cache is not None:
       new = tuple(jnp.concatenate(pair, axis=2) for pair in zip(cache, new))
     return h, new

@@ -75,7 +75,7 @@ def head_of(z, network: dict) -> FlowHead:
       network["num_res_blocks"],
       cross,
       stretch=16.0,
-      remat_policy="none",
+      remat="none",
       dtype=jnp.float32,
       rngs=rngs,
     )
