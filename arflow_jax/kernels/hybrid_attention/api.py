@@ -77,9 +77,10 @@ def hybrid_attention(
       batch first, which spares a conversion each way: hand back what the call
       before returned. By default it is [B, H, D, D].
     implementation: `reference` (plain float32, slow), `xla` (fast on every
-      platform), `xla_cudnn` (the same with cuDNN's attention inside images),
-      `pallas_tpu`, `pallas_tpu_interpret` (the same on any machine, very slow),
-      or None for the best one known. A name never falls back.
+      platform), `xla_cudnn` (experimental: the same with cuDNN's attention
+      inside images, not yet measured on a GPU), `pallas_tpu`,
+      `pallas_tpu_interpret` (the same on any machine, very slow), or None for
+      the best one known. A name never falls back.
 
   Returns:
     The output in the type of q, packed like the inputs, and the float32 memory
