@@ -160,18 +160,6 @@ def bundles(name: str, dump: str | os.PathLike) -> int:
   )
 
 
-def copies(compiled: Any, elements: int) -> dict[str, tuple[int, ...]]:
-  """Copies and transposes of arrays of exactly so many elements: shapes."""
-  moved = {}
-  pattern = r"\s*(?:ROOT )?%([\w.\-]+) = \w+\[([\d,]+)\].* (copy|transpose)\("
-  for line in compiled.as_text().splitlines():
-    match = re.match(pattern, line)
-    shape = tuple(map(int, match[2].split(","))) if match else ()
-    if match and math.prod(shape) == elements:
-      moved[match[1]] = shape
-  return moved
-
-
 def estimated_cycles(compiled: Any) -> tuple[int, dict[str, int]]:
   """XLA's estimate of a program, loops by their length.
 

@@ -49,12 +49,6 @@ def test_loops_count_as_often_as_they_run():
   assert kernels == {"kernel.3": 7}
 
 
-def test_copies_of_one_size():
-  assert tpu.copies(PROGRAM, 8) == {"copy.1": (2, 4)}
-  assert tpu.copies(PROGRAM, 10) == {"copy.2": (2, 5)}
-  assert tpu.copies(PROGRAM, 9) == {}
-
-
 def test_a_block_is_moved_when_its_index_changes():
   def kernel(x, y, out):
     out[...] = x[...] + y[...]

@@ -31,6 +31,7 @@ from tests.kernels.hybrid_attention.test_api import (
   FORMS,
   check_against_float64,
 )
+from tests.kernels.hybrid_attention.test_copies import copies
 
 BFLOAT16, FLOAT32 = jnp.bfloat16, jnp.float32
 CHIPS = {  # device kind and cores
@@ -128,7 +129,7 @@ def check_compiled(dump, case, dtype, chip, limits, gated):
   plan = plan_lib.Plan(*case, jnp.dtype(dtype))
   state, packed = args[0][4].shape, plan.arrays.memory.shape
   by_group = (*packed[:2], plan.per_group, *state[2:])
-  moved = tpu.copies(compiled, math.prod(args[1].shape)).values()
+  moved = copies(compiled.as_text(), math.prod(args[1].shape)).values()
   assert set(moved) <= {state, packed, by_group}
   if case.head == 64 and case.tokens <= 256:  # others ask for more
     for kernel in kernels:
@@ -253,7 +254,7 @@ def test_the_memory_is_replaced_in_place(dump):
     plan.arrays.memory,
   )
   size = math.prod(plan.arrays.memory.shape)
-  assert tpu.copies(compiled, size) == {}
+  assert copies(compiled.as_text(), size) == {}
   assert compiled.memory_analysis().alias_size_in_bytes == 4 * size
 
 
