@@ -1,4 +1,4 @@
-"""The layout: arrows point down, no circles, no room that outgrows the house."""
+"""The layout: arrows point down, without circles, and no room is too large."""
 
 import ast
 import pathlib

@@ -1,4 +1,4 @@
-"""Copies that a compiled program makes of arrays of one size: how to find them."""
+"""How copies of arrays of one size are found in a compiled program."""
 
 import math
 import re
