@@ -1,5 +1,7 @@
-# Sourced by the other launchers: makes .venv and keeps it in step with
-# requirements.txt. PYTHON names the interpreter to make it with.
+# Sourced by the other launchers: makes .venv, installs this checkout into it
+# (editable) and keeps it in step with requirements.txt and pyproject.toml.
+# PYTHON names the interpreter to make it with. EXTRAS=tpu or EXTRAS=cuda adds
+# an accelerator; extras once installed stay.
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 python_for_venv() {
@@ -23,9 +25,21 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     exit 1
   fi
 fi
-if ! cmp -s requirements.txt .venv/requirements.installed; then
-  echo "installing requirements.txt into .venv (a minute or two) ..."
+
+# The extras asked for now and before, as pip writes them: test,tpu.
+installed=.venv/installed
+extras=$(printf '%s,%s' "${EXTRAS:-}" "$(head -n 1 "$installed" 2>/dev/null)" |
+  tr ', ' '\n\n' | sed '/^$/d' | sort -u | paste -s -d , -)
+for extra in ${extras//,/ }; do
+  if ! grep -q "^$extra = \[" pyproject.toml; then
+    echo "error: EXTRAS=$extra is unknown; choose from tpu and cuda" >&2
+    exit 2
+  fi
+done
+wanted=$(echo "$extras" && cat requirements.txt pyproject.toml)
+if [ "$wanted" != "$(cat "$installed" 2>/dev/null)" ]; then
+  echo "installing into .venv (a minute or two) ..."
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    -r requirements.txt
-  cp requirements.txt .venv/requirements.installed
+    --editable ".${extras:+[$extras]}"
+  echo "$wanted" >"$installed"
 fi

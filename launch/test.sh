@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Lint, format check and all tests; arguments go to pytest.
+# Lint, format check and tests; --all runs the slow ones as well. All other
+# arguments go to pytest.
 set -euo pipefail
+EXTRAS=${EXTRAS:+$EXTRAS,}test
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 # The TPU compiler that this JAX names, for tests that compile without a TPU. It
@@ -19,7 +21,15 @@ if [ "$(cat "$libtpu/pin" 2>/dev/null)" != "$pin" ]; then
   fi
 fi
 
+arguments=()
+for argument in "$@"; do
+  case $argument in
+    --all) arguments+=(-m "slow or not slow") ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 PYTHONPATH="$libtpu${PYTHONPATH:+:$PYTHONPATH}" \
-  .venv/bin/python -m pytest -n 2 "$@"
+  .venv/bin/python -m pytest -n 2 ${arguments[@]+"${arguments[@]}"}

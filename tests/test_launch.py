@@ -12,7 +12,7 @@ echo "$*" >> "$LOG"
 case "$*" in
   "-m venv --clear .venv")
     [ -z "${FAIL_VENV:-}" ] || exit 1
-    mkdir -p .venv/bin && cp "$0" .venv/bin/python
+    mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/ruff
     ;;
   "-c "*) [ -z "${OLD:-}" ] || exit 1 ;;
   *arflow_jax.train*) exit "${TRAIN_CODE:-0}" ;;
@@ -21,19 +21,26 @@ esac
 
 
 @pytest.fixture
-def launch(tmp_path):
+def repo(tmp_path):
+  """A checkout as far as the launchers need one."""
   shutil.copytree(ROOT / "launch", tmp_path / "repo" / "launch")
-  shutil.copy(ROOT / "requirements.txt", tmp_path / "repo")
+  for name in ("requirements.txt", "pyproject.toml"):
+    shutil.copy(ROOT / name, tmp_path / "repo")
+  return tmp_path / "repo"
+
+
+@pytest.fixture
+def launch(repo, tmp_path):
   stub = tmp_path / "python"
   stub.write_text(STUB)
   stub.chmod(0o755)
 
-  def run(*args, **environment):
+  def run(*args, script="local.sh", **environment):
     log = tmp_path / "log"
     log.write_text("")
     paths = {"PATH": "/usr/bin:/bin", "PYTHON": str(stub), "LOG": str(log)}
     done = subprocess.run(
-      ["bash", str(tmp_path / "repo" / "launch" / "local.sh"), *args],
+      ["bash", str(repo / "launch" / script), *args],
       env=paths | environment,
       capture_output=True,
       text=True,
@@ -44,16 +51,59 @@ def launch(tmp_path):
   return run
 
 
+def _installed(calls):
+  """What pip was told to install, call by call."""
+  lines = calls.splitlines()
+  return [line.split()[-1] for line in lines if "pip install" in line]
+
+
 def test_installs_once_trains_and_draws(launch):
   done, calls = launch()
   assert done.returncode == 0, done.stderr
-  assert calls.count("pip install") == 1
+  assert _installed(calls) == ["."]
   train, sample = calls.splitlines()[-2:]
   assert "--config=configs/arflow.py:digits --workdir=runs/digits" in train
   assert "--out=runs/digits/samples.png" in sample
   done, calls = launch()
-  assert "pip install" not in calls
+  assert _installed(calls) == []
   assert "venv" not in calls
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "pyproject.toml"])
+def test_installs_again_when_a_list_changes(launch, repo, name):
+  launch()
+  with (repo / name).open("a") as file:
+    file.write("# changed\n")
+  assert _installed(launch()[1]) == ["."]
+  assert _installed(launch()[1]) == []
+
+
+def test_extras_are_added_and_stay(launch):
+  assert _installed(launch(EXTRAS="tpu")[1]) == [".[tpu]"]
+  assert _installed(launch()[1]) == []
+  done, calls = launch("-k", "one", script="test.sh")
+  assert done.returncode == 0, done.stderr
+  assert _installed(calls) == [".[test,tpu]"]
+  assert _installed(launch()[1]) == []
+
+
+def test_an_unknown_extra_is_refused(launch):
+  done, calls = launch(EXTRAS="gpu")
+  assert done.returncode == 2
+  assert "EXTRAS=gpu is unknown; choose from tpu and cuda" in done.stderr
+  assert _installed(calls) == []
+  assert launch()[0].returncode == 0
+
+
+def test_the_test_command_checks_and_runs_what_is_asked_for(launch):
+  done, calls = launch("--all", "-k", "one", script="test.sh")
+  assert done.returncode == 0, done.stderr
+  assert calls.splitlines()[-3:] == [
+    "check .",
+    "format --check .",
+    "-m pytest -n 2 -m slow or not slow -k one",
+  ]
+  assert launch(script="test.sh")[1].splitlines()[-1] == "-m pytest -n 2"
 
 
 def test_arguments_reach_the_trainer(launch):
@@ -75,7 +125,7 @@ def test_a_failed_environment_is_made_again(launch):
   assert "cannot make .venv" in done.stderr
   done, calls = launch()
   assert done.returncode == 0
-  assert calls.count("pip install") == 1
+  assert _installed(calls) == ["."]
 
 
 def test_an_old_python_is_refused(launch):
