@@ -52,10 +52,8 @@ def evaluate_run(
 
   row("real images", real)
   for scale, generator in generators.items():
-    done = 0
-    for images in generator.blocks(evaluator.labels):
-      evaluator.add(evaluator.labels[done : done + len(images)], images)
-      done += len(images)
+    for block in generator.blocks(evaluator.labels):
+      evaluator.add(block.labels, block.whole())
     scores[scale] = evaluator.score()
     row(f"guidance {scale:g}", scores[scale])
   return scores

@@ -113,3 +113,8 @@ def local(array: jax.Array) -> tuple[Int[np.ndarray, "n"], np.ndarray]:
   if not pieces:
     return np.arange(0), np.zeros((0, *array.shape[1:]), array.dtype)
   return np.concatenate(numbers), np.concatenate(pieces)
+
+
+def whole(array: jax.Array) -> np.ndarray:
+  """All rows, in every process; all have to call it."""
+  return multihost_utils.process_allgather(array, tiled=True)

@@ -2,19 +2,60 @@
 
 All images go through one compiled program over blocks of a fixed size, the last
 block padded, so that on one kind of device an image is the same bit for bit
-whichever images are asked for with it.
+whichever images are asked for with it. The rows of a block are split over all
+devices of a mesh and stay there until somebody fetches them.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
+from ml_collections import ConfigDict
 
 from arflow_jax.branches import Branch
+from arflow_jax.data import sources
 from arflow_jax.errors import ConfigError
+from arflow_jax.parallel import mesh as mesh_lib
+from arflow_jax.parallel import processes
+
+Decode = Callable[[Float[Array, "B h w C"]], UInt8[Array, "B H W K"]]
+
+
+class Block(NamedTuple):
+  """Some images, still on the devices.
+
+  Attributes:
+    indices: number of each image.
+    labels: class of each image.
+    images: over all devices of all processes; rows from n on only fill the
+      block, so that every block has the same shape.
+  """
+
+  indices: Int[np.ndarray, "n"]
+  labels: Int[np.ndarray, "n"]
+  images: UInt8[Array, "b H W K"]
+
+  def local(
+    self,
+  ) -> tuple[
+    Int[np.ndarray, "m"], Int[np.ndarray, "m"], UInt8[np.ndarray, "m H W K"]
+  ]:
+    """Indices, labels and images of the rows that this process has to write.
+
+    Every image belongs to one process.
+    """
+    rows, images = processes.local(self.images)
+    real = rows < len(self.indices)
+    rows = rows[real]
+    return self.indices[rows], self.labels[rows], images[real]
+
+  def whole(self) -> UInt8[np.ndarray, "n H W K"]:
+    """All images, in every process; all have to call it."""
+    return processes.whole(self.images)[: len(self.indices)]
 
 
 def image_keys(seed: int, indices: Int[Array, "B"]) -> Key[Array, "B"]:
@@ -30,18 +71,42 @@ def to_pixels(
   return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
 
 
+def decoder(config: ConfigDict, shape: tuple[int, int, int]) -> Decode:
+  """What makes pixels of the images that the model of a config draws.
+
+  Args:
+    config: of a run; its data says what the model has learnt to draw.
+    shape: of one image, `[h, w, C]`.
+
+  Raises:
+    ConfigError: images that are no pixels, of grey or of three colours.
+  """
+  if not sources.kind(config).pixels or shape[-1] not in (1, 3):
+    size = " x ".join(map(str, shape))
+    raise ConfigError(
+      f"this run draws {size} arrays (data.source={config.data.source!r}) that"
+      " are no pixels; a picture of them needs a decoder, and this version has"
+      " none"
+    )
+  return to_pixels
+
+
 class Generator:
   """Draws images of one branch with one set of weights and settings.
 
   Args:
     branch: the model family.
-    params: the weights to sample from.
+    params: the weights to sample from, on the devices of `mesh`.
     settings: what `branch.settings` returned.
-    block_size: images per compiled call.
+    block_size: images per compiled call; rounded up to a multiple of the
+      devices.
     seed: of the noise.
+    mesh: the devices that share a block.
+    decode: makes uint8 pixels of what the branch samples.
 
   Attributes:
     settings: the same.
+    image_shape: of a decoded image, `[H, W, K]`.
   """
 
   def __init__(
@@ -52,48 +117,79 @@ class Generator:
     *,
     block_size: int,
     seed: int = 0,
+    mesh: Mesh,
+    decode: Decode = to_pixels,
   ):
     if block_size < 1:
       raise ConfigError(f"sample.block_size={block_size} must be at least 1")
-    self._branch, self._params = branch, params
     self.settings = settings
-    self._block_size = block_size
+    self._branch, self._params, self._mesh = branch, params, mesh
+    self._rows = -(-block_size // mesh.size) * mesh.size
+    drawn = jax.ShapeDtypeStruct((1, *branch.image_shape), jnp.float32)
+    self.image_shape = jax.eval_shape(decode, drawn).shape[1:]
 
-    def draw(params, indices, labels):
-      keys = image_keys(seed, indices)
-      return to_pixels(branch.sample(params, keys, labels, settings))
+    def draw(params, block):
+      keys = image_keys(seed, block["indices"])
+      return decode(branch.sample(params, keys, block["labels"], settings))
 
-    self._draw = jax.jit(draw)
+    self._draw = jax.jit(draw, out_shardings=mesh_lib.batch_sharding(mesh))
 
   def blocks(
-    self, labels: Int[np.ndarray, "n"], start: int = 0
-  ) -> Iterator[UInt8[np.ndarray, "b h w C"]]:
-    """Yields images `start .. start + n` in blocks; the last may be shorter.
+    self,
+    labels: Sequence[Any] | Shaped[np.ndarray, "..."],
+    indices: Int[np.ndarray, "n"] | None = None,
+  ) -> Iterator[Block]:
+    """Yields the images in blocks, in order; only the last is not full.
+
+    Args:
+      labels: class of each image; `num_classes` samples without a class.
+      indices: number of each image; 0 .. n - 1 if None.
 
     Raises:
-      ConfigError: a label that the model does not have.
+      ConfigError: labels that are no classes of the model.
     """
-    labels = np.asarray(labels, np.int32)
-    check_labels(labels, self._branch.num_classes)
-    for low in range(0, len(labels), self._block_size):
-      chosen = labels[low : low + self._block_size]
-      padded = np.resize(chosen, self._block_size)
-      indices = start + low + np.arange(self._block_size)
-      images = self._draw(self._params, jnp.asarray(indices), padded)
-      yield np.asarray(images)[: len(chosen)]
+    labels = check_labels(labels, self._branch.num_classes)
+    if indices is None:
+      indices = np.arange(len(labels))
+    indices = indices.astype(np.int32)
+    return self._blocks(labels, indices)
+
+  def _blocks(self, labels, indices):
+    sharding = mesh_lib.batch_sharding(self._mesh)
+    mine = processes.rows(sharding, self._rows)
+    for low in range(0, len(labels), self._rows):
+      real = {
+        "indices": indices[low : low + self._rows],
+        "labels": labels[low : low + self._rows],
+      }
+      # Filled up with rows that are there already, not with other work.
+      local = {k: np.resize(x, self._rows)[mine] for k, x in real.items()}
+      block = processes.place(sharding, local, self._rows)
+      with jax.set_mesh(self._mesh):  # kernels split themselves over it
+        images = self._draw(self._params, block)
+      yield Block(**real, images=images)
 
 
-def check_labels(labels: Int[np.ndarray, "n"], num_classes: int) -> None:
-  """Raises ConfigError for labels outside 0 .. num_classes.
+def check_labels(
+  labels: Sequence[Any] | Shaped[np.ndarray, "..."], num_classes: int
+) -> Int[np.ndarray, "n"]:
+  """Labels as int32 numbers.
 
   `num_classes` itself is allowed: it samples without a class.
+
+  Raises:
+    ConfigError: labels that are no integers, or outside 0 .. num_classes.
   """
+  labels = np.asarray(labels)
+  if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+    raise ConfigError(f"labels {labels.tolist()} must be whole numbers")
   wrong = sorted({int(x) for x in labels if not 0 <= x <= num_classes})
   if wrong:
     raise ConfigError(
       f"labels {wrong} are out of range: this model has classes 0 to"
       f" {num_classes - 1}, and {num_classes} for none"
     )
+  return labels.astype(np.int32)
 
 
 def parse_labels(text: str) -> list[int]:

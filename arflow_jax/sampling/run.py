@@ -8,31 +8,41 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
+from arflow_jax.parallel import mesh as mesh_lib
+from arflow_jax.parallel import processes
 from arflow_jax.sampling import images, writers
 from arflow_jax.training import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The averaged weights of a run's newest good checkpoint, with its config."""
+  """The averaged weights of a run's newest good checkpoint, with its config.
+
+  Attributes:
+    config: of the run, with the free keys of its latest launch.
+    branch: the model family.
+    params: averaged weights, whole on every device of `mesh`.
+    step: of the checkpoint.
+    mesh: the devices to draw on.
+  """
 
   config: ConfigDict
   branch: branches.Branch
   params: Any
   step: int
+  mesh: Mesh
 
-  def generator(
-    self, overrides: dict[str, Any] | None = None, seed: int = 0
-  ) -> images.Generator:
-    """A generator with the run's sample settings, some of them changed.
+  def settings(self, overrides: dict[str, Any] | None = None) -> ConfigDict:
+    """The run's `sample` settings, some of them changed.
 
     Raises:
-      ConfigError: an unknown key, or a value out of range.
+      ConfigError: an unknown key, or a value of another type.
     """
     sample = self.config.sample.copy_and_resolve_references().unlock()
     overrides = dict(overrides or {})
@@ -41,12 +51,26 @@ class Run:
         # "1,0.5,0" reads as numbers, but this key takes text.
         overrides[key] = ",".join(map(str, overrides[key]))
     config_lib.update(sample, overrides, "sample")
+    return sample.lock()
+
+  def generator(
+    self, overrides: dict[str, Any] | None = None, seed: int = 0
+  ) -> images.Generator:
+    """A generator with the run's sample settings, some of them changed.
+
+    Raises:
+      ConfigError: an unknown key, a value out of range, or a run whose images
+        are no pixels.
+    """
+    sample = self.settings(overrides)
     return images.Generator(
       self.branch,
       self.params,
       self.branch.settings(sample),
       block_size=sample.block_size,
       seed=seed,
+      mesh=self.mesh,
+      decode=images.decoder(self.config, self.branch.image_shape),
     )
 
 
@@ -56,16 +80,17 @@ def restore(workdir: str) -> Run:
   Raises:
     ConfigError: no readable checkpoint there.
   """
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  processes.start()
+  # Images share no work: each device draws its own with all the weights.
+  mesh = mesh_lib.make_mesh(ConfigDict({"data": -1, "fsdp": 1}))
 
-  def abstract(config):
-    shapes = jax.eval_shape(branches.build(config).init, jax.random.key(0))
-    return jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes
-    )
+  def abstract(config: ConfigDict) -> Any:
+    branch = branches.build(config)
+    shapes = jax.eval_shape(branch.init, jax.random.key(0))
+    return mesh_lib.abstract_params(branch.axes, shapes, mesh)
 
   config, params, step = checkpoint.load_weights(workdir, abstract)
-  return Run(config, branches.build(config), params, step)
+  return Run(config, branches.build(config), params, step, mesh)
 
 
 def sample_to_file(
@@ -97,8 +122,8 @@ def sample_to_file(
   def blocks():
     with tqdm.tqdm(total=len(every), unit="image") as bar:
       for block in generator.blocks(every):
-        bar.update(len(block))
-        yield block
+        bar.update(len(block.indices))
+        yield block.local()[2]
 
   names = ["none" if c == run.branch.num_classes else str(c) for c in classes]
   writers.write(out, blocks(), every.tolist(), names, per_label)

@@ -1,60 +1,154 @@
-"""Images by index: what they depend on, restored from a committed run."""
+"""Images by index: what they depend on, and what is refused before drawing."""
 
-import pathlib
-import shutil
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from arflow_jax import branches
-from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
-from arflow_jax.metrics import report
-from arflow_jax.sampling import images, run
+from arflow_jax.parallel import mesh as mesh_lib
+from arflow_jax.sampling import images
 from tests.tiny import tiny_config
 
-# Made once by this repository, so that old checkpoints stay readable:
-#   python -m arflow_jax.train --config=configs/arflow.py:digits
-#     --workdir=tests/sampling/tiny_run --config.model.width=16
-#     --config.model.depth=2 --config.model.num_heads=2 --config.batch_size=4
-#     --config.steps=200 --config.ema.decay=0.5 --config.sample.num_steps=3
-#     --config.sample.block_size=8
-# and tiny_run.npz by arflow_jax.sample with --per_label=1 from it.
-TINY_RUN = pathlib.Path(__file__).parent / "tiny_run"
+
+class _Noise(branches.Branch):
+  """A branch whose images are noise about their labels."""
+
+  num_classes = 10
+  image_shape = (2, 2, 4)
+
+  def __init__(self):
+    self.meshes = []  # one a trace
+
+  def sample(self, params, keys, labels, settings):
+    self.meshes.append(jax.sharding.get_abstract_mesh())
+    noise = jax.vmap(lambda key: jax.random.normal(key, self.image_shape))(keys)
+    return params * noise + labels[:, None, None, None]
 
 
-@pytest.fixture(scope="module")
-def tiny():
-  return run.restore(str(TINY_RUN))
+def _decode(drawn):
+  """Twice as large and of one channel, as a codec might do."""
+  return images.to_pixels(jnp.repeat(jnp.repeat(drawn[..., :1], 2, 1), 2, 2))
 
 
-def test_the_committed_run_is_small():
-  size = sum(p.stat().st_size for p in TINY_RUN.rglob("*") if p.is_file())
-  assert size < 500_000
+def _generator(branch=None, *, decode=_decode, **options):
+  mesh = mesh_lib.make_mesh(
+    ConfigDict({"data": 1, "fsdp": 1}), jax.devices()[:1]
+  )
+  options = {"block_size": 8} | options
+  return images.Generator(
+    branch or _Noise(),
+    jnp.float32(0.1),
+    None,
+    mesh=mesh,
+    decode=decode,
+    **options,
+  )
 
 
-def test_an_old_checkpoint_draws_what_it_drew(tiny):
-  assert tiny.step == 200
-  drawn = np.concatenate(list(tiny.generator().blocks(np.arange(10))))
-  stored = np.load(TINY_RUN.with_suffix(".npz"))["arr_0"]
-  assert drawn.dtype == np.uint8
-  # Another processor may round a pixel the other way.
-  assert np.abs(drawn.astype(int) - stored).max() <= 2
+def _draw(generator, *args):
+  return np.concatenate([block.whole() for block in generator.blocks(*args)])
 
 
-def test_bit_identical_whatever_is_drawn_along(tiny):
-  generator = tiny.generator({"guidance": 2.0})
-  labels = np.arange(10).repeat(2)
-  whole = np.concatenate(list(generator.blocks(labels)))
-  assert whole.shape == (20, 8, 8, 1)
-  few = np.concatenate(list(generator.blocks(labels[:3])))
-  np.testing.assert_array_equal(few, whole[:3])
-  late = np.concatenate(list(generator.blocks(labels[13:], start=13)))
-  np.testing.assert_array_equal(late, whole[13:])
-  other = tiny.generator({"guidance": 2.0}, seed=1)
-  assert not np.array_equal(next(other.blocks(labels[:3])), few)
+def test_an_image_depends_on_its_index_and_label_alone():
+  labels = np.zeros(20, int)
+  generator = _generator()
+  whole = _draw(generator, labels)
+  assert whole.shape == (20, *generator.image_shape) == (20, 4, 4, 1)
+  assert whole.dtype == np.uint8
+  assert len({image.tobytes() for image in whole}) == 20
+  np.testing.assert_array_equal(_draw(generator, labels[:3]), whole[:3])
+  chosen = np.array([17, 4, 5])
+  np.testing.assert_array_equal(
+    _draw(generator, labels[chosen], chosen), whole[chosen]
+  )
+  assert not np.array_equal(_draw(_generator(seed=1), labels), whole)
+  assert not np.array_equal(_draw(generator, labels + 1), whole)
+
+
+def test_blocks_say_what_they_hold():
+  labels, indices = np.arange(5), np.arange(30, 35)
+  first, last = _generator(block_size=3).blocks(labels, indices)
+  assert first.indices.tolist() == [30, 31, 32]
+  assert last.indices.tolist() == [33, 34]
+  assert last.labels.tolist() == [3, 4]
+  assert isinstance(last.images, jax.Array)
+  assert last.images.shape == (3, 4, 4, 1)  # one row fills the block
+  numbers, classes, rows = last.local()
+  assert (numbers.tolist(), classes.tolist()) == ([33, 34], [3, 4])
+  np.testing.assert_array_equal(rows, last.images[:2])
+  np.testing.assert_array_equal(rows, last.whole())
+
+
+def test_one_program_under_the_mesh_serves_every_block():
+  branch = _Noise()
+  generator = _generator(branch)
+  blocks = generator.blocks(np.arange(20) % 10)
+  next(blocks)
+  assert not jax.sharding.get_abstract_mesh().axis_names  # ours is not theirs
+  list(blocks)
+  list(generator.blocks([3], np.array([5])))
+  (mesh,) = branch.meshes
+  assert mesh.axis_names == ("data", "fsdp")  # kernels read it
+
+
+# Prints, by family, the shapes that the devices hold of a block, whether one
+# device and four draw the same, and whether that is more than one grey.
+ON_FOUR = """
+import jax, numpy as np
+from ml_collections import ConfigDict
+from arflow_jax import branches
+from arflow_jax.parallel import mesh as mesh_lib
+from arflow_jax.sampling import images
+from tests.tiny import tiny_config
+
+rs = np.random.RandomState(0)
+small = {
+  "arflow": dict(model__depth=1, sample__num_steps=2),
+  "flowar": dict(model__patch_size=4, model__scales=(1, 2), sample__num_steps=2)
+}
+for family, changes in small.items():
+  config = tiny_config(family, **changes)
+  branch = branches.build(config)
+  shapes = jax.eval_shape(branch.init, jax.random.key(0))
+  params = jax.tree.map(
+    lambda x: 0.3 * rs.standard_normal(x.shape).astype(x.dtype), shapes)
+  drawn = []
+  for count in (1, 4):
+    mesh = mesh_lib.make_mesh(
+      ConfigDict({"data": -1, "fsdp": 1}), jax.devices()[:count])
+    generator = images.Generator(
+      branch, jax.device_put(params, mesh_lib.replicated(mesh)),
+      branch.settings(config.sample), block_size=6, mesh=mesh)
+    blocks = list(generator.blocks(np.arange(10)))
+    drawn.append(np.concatenate([block.whole() for block in blocks]))
+    local = np.concatenate([block.local()[2] for block in blocks])
+    np.testing.assert_array_equal(local, drawn[-1])
+  held = {shard.data.shape for shard in blocks[0].images.addressable_shards}
+  one, four = (x.astype(int) for x in drawn)
+  print(family, held, abs(one - four).max() <= 1, one.std() > 10)
+"""
+
+
+def test_the_same_images_on_four_devices():
+  done = subprocess.run(
+    [sys.executable, "-c", ON_FOUR],
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  # A block of 6 is rounded up to 8: two images on each device.
+  assert done.stdout.splitlines() == [
+    f"{family} {{(2, 8, 8, 1)}} True True" for family in ("arflow", "flowar")
+  ]
 
 
 def test_noise_is_bit_equal_whatever_the_batch():
@@ -74,6 +168,26 @@ def test_pixels_are_clamped_and_truncated_as_published():
 
 
 @pytest.mark.parametrize(
+  ("source", "channels"),
+  [("latents", 4), ("latents", 3), ("random", 4), ("random", 16)],
+)
+def test_what_is_no_pixels_has_no_decoder(source, channels):
+  config = tiny_config(data__source=source)
+  with pytest.raises(
+    ConfigError, match=rf"8 x 8 x {channels} .*'{source}'.* needs a decoder"
+  ):
+    images.decoder(config, (8, 8, channels))
+
+
+@pytest.mark.parametrize(
+  ("source", "channels"), [("digits", 1), ("tfds:x", 3), ("random", 3)]
+)
+def test_pixels_are_decoded_as_they_are(source, channels):
+  config = tiny_config(data__source=source)
+  assert images.decoder(config, (8, 8, channels)) is images.to_pixels
+
+
+@pytest.mark.parametrize(
   ("text", "labels"),
   [("0-3", [0, 1, 2, 3]), ("7", [7]), ("1,5-6, 2", [1, 5, 6, 2])],
 )
@@ -87,81 +201,28 @@ def test_other_labels_are_refused(text):
     images.parse_labels(text)
 
 
-def test_labels_out_of_range_are_refused(tiny):
-  with pytest.raises(ConfigError, match=r"\[11\] are out of range"):
-    next(tiny.generator().blocks(np.array([0, 11])))
-  next(tiny.generator().blocks(np.array([10])))  # 10 is "no class"
-
-
 @pytest.mark.parametrize(
-  ("overrides", "named"),
+  ("labels", "named"),
   [
-    ({"num_step": 5}, "sample.num_step is unknown; did you mean num_steps"),
-    ({"num_steps": "many"}, "sample.num_steps='many'"),
-    ({"block_size": 0}, "sample.block_size=0"),
+    ([0, 11], r"\[11\] are out of range"),
+    ([-1], r"\[-1\] are out of range"),
+    ([3.7], r"labels \[3.7\] must be whole numbers"),
+    ([3.0], "whole numbers"),
+    ([True], "whole numbers"),
+    (["3"], "whole numbers"),
+    (np.array([[3]]), "whole numbers"),
+    ([], "whole numbers"),
   ],
 )
-def test_bad_overrides_are_refused_by_name(tiny, overrides, named):
+def test_labels_that_are_no_classes_are_refused_at_once(labels, named):
   with pytest.raises(ConfigError, match=named):
-    tiny.generator(overrides)
+    _generator().blocks(labels)
 
 
-def test_overrides_are_typed():
-  parsed = run.parse_overrides(["num_steps=50", "method=ode"], guidance=2.0)
-  assert parsed == {"num_steps": 50, "method": "ode", "guidance": 2.0}
-  with pytest.raises(ConfigError, match="--set=x"):
-    run.parse_overrides(["x"])
+def test_the_label_after_the_last_means_none():
+  assert images.check_labels([10], 10).tolist() == [10]
 
 
-def test_sampling_works_beside_an_unreadable_newest(tmp_path, caplog):
-  shutil.copytree(TINY_RUN, tmp_path / "run")
-  (tmp_path / "run" / "checkpoints" / "300").mkdir()
-  restored = run.restore(str(tmp_path / "run"))
-  assert restored.step == 200
-  assert "cannot be read" in caplog.text
-  assert (tmp_path / "run" / "checkpoints" / "300").is_dir()  # left alone
-
-
-def test_no_run_is_an_error(tmp_path):
-  with pytest.raises(ConfigError, match="holds no checkpoint"):
-    run.restore(str(tmp_path))
-
-
-def test_evaluate_reports_every_guidance(capsys):
-  scores = report.evaluate_run(
-    str(TINY_RUN), [1.0, 2.0], {"num_steps": 2}, num_samples=20
-  )
-  out = capsys.readouterr().out
-  assert scores.keys() == {1.0, 2.0}
-  assert "20 samples per guidance" in out
-  for line in ("held-out images", "real images", "guidance 1 ", "guidance 2 "):
-    assert line in out
-  assert scores[1.0].distance > 0
-
-
-def test_one_program_serves_every_block(tiny, monkeypatch):
-  traced = []
-  real = type(tiny.branch).sample
-
-  def counted(self, *args):
-    traced.append(1)
-    return real(self, *args)
-
-  monkeypatch.setattr(type(tiny.branch), "sample", counted)
-  generator = tiny.generator({"guidance": 2.0, "guidance_high": 0.5})
-  # Whole blocks, a short one, other classes, another start.
-  list(generator.blocks(np.arange(20) % 10))
-  list(generator.blocks(np.array([3]), start=5))
-  assert len(traced) == 1
-
-
-def test_text_settings_take_numbers_with_commas():
-  config = tiny_config("flowar")
-  restored = run.Run(
-    config_lib.loads(config_lib.dumps(config)), branches.build(config), {}, 0
-  )
-  overrides = run.parse_overrides(["grid=1,0.6,0.3,0"])
-  generator = restored.generator(overrides)
-  assert generator.settings.grid == "1,0.6,0.3,0"
-  overrides = run.parse_overrides(["scale_steps=(4,4,6,6)"])
-  assert restored.generator(overrides).settings.scale_steps == (4, 4, 6, 6)
+def test_a_block_needs_an_image():
+  with pytest.raises(ConfigError, match=r"sample\.block_size=0"):
+    _generator(block_size=0)
