@@ -4,9 +4,11 @@ A new family is one folder, one config file and one line here.
 """
 
 import importlib
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
@@ -62,6 +64,30 @@ class Branch(Protocol):
   ) -> Float[Array, "B h w C"]:
     """One image per key and label."""
 
+  def to_published(self, params: Params) -> dict[str, Float[np.ndarray, "..."]]:
+    """The published state dict of these parameters: its names and layouts."""
+
+  @staticmethod
+  def from_published(
+    state_dict: Mapping[str, Any], **untold: Any
+  ) -> tuple[dict[str, Any], Params]:
+    """The exact inverse of `to_published`, from the arrays alone.
+
+    Args:
+      state_dict: arrays (NumPy, or anything NumPy can read) by published name.
+      **untold: settings of the `model` group that a family cannot tell from
+        the shapes of its weights.
+
+    Returns:
+      What the weights tell of the config's `model` group, and the parameters: a
+      branch built from a config updated with the one has just the shapes of
+      the other.
+
+    Raises:
+      ConfigError: names that are missing, unexpected or misshapen, all of them,
+        or sizes that cannot be told.
+    """
+
 
 def build(config: ConfigDict) -> Branch:
   """The branch that a config asks for.
@@ -69,19 +95,15 @@ def build(config: ConfigDict) -> Branch:
   Raises:
     ConfigError: an unknown branch, or settings it cannot be built from.
   """
-  return _family(config.branch)(config)
+  return family(config.branch)(config)
 
 
-def added_keys(name: str) -> dict[str, Any]:
-  """`Branch.added_keys` of a family, by its name.
+def family(name: str) -> type:
+  """The class of a family, a `Branch`, by its name in the config.
 
   Raises:
     ConfigError: an unknown branch.
   """
-  return _family(name).added_keys
-
-
-def _family(name: str) -> type:
   if name not in _BRANCHES:
     hint = config_lib.nearest(str(name), list(_BRANCHES))
     raise ConfigError(f"branch={name!r} is unknown{hint}")

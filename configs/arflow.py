@@ -44,6 +44,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
       "width": 1152,
       "depth": 28,
       "num_heads": 18,
+      "mlp_ratio": 4.0,  # hidden features of the feed-forward over width
       "num_classes": 1000,
       "learn_sigma": True,  # 2C output channels, half of them unused
       "label_dropout": 0.1,

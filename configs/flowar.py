@@ -43,6 +43,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
       "encoder_depth": 6,
       "decoder_depth": 6,
       "num_heads": 12,
+      "mlp_ratio": 4.0,  # 3/2 of the feed-forward's hidden features over width
       "head_width": 1024,  # of the flow head
       "head_depth": 2,
       "cross_attention": False,  # in the flow head

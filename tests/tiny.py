@@ -2,6 +2,8 @@
 
 import importlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from arflow_jax.data import pipeline
@@ -47,6 +49,17 @@ def stored_state(config, workdir):
   program = program_lib.build(config)
   saver = checkpoint.Checkpoints(str(workdir), config)
   return saver.restore(program.abstract_state, program.init)
+
+
+def random_params(abstract, scale=0.15):
+  """Random values for every leaf, by NumPy: there is nothing to compile."""
+  rs = np.random.RandomState(0)
+  return jax.tree.map(
+    lambda leaf: jnp.asarray(
+      scale * rs.standard_normal(leaf.shape), jnp.float32
+    ),
+    abstract,
+  )
 
 
 def flags(family="arflow", **overrides):

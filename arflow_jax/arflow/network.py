@@ -33,6 +33,7 @@ class ModelConfig:
     depth: number of blocks.
     num_heads: H, heads of the hybrid attention.
     num_classes: classes; label `num_classes` is the null class.
+    mlp_ratio: hidden features of the feed-forward layers over `width`, R.
     learn_sigma: the published networks compute 2C output channels and drop the
       last C; True keeps their parameter count.
     dtype: type of the matrix products, "float32" or "bfloat16".
@@ -47,6 +48,7 @@ class ModelConfig:
   depth: int
   num_heads: int
   num_classes: int
+  mlp_ratio: float = 4.0
   learn_sigma: bool = True
   dtype: str = "float32"
   remat: str = "dots"
@@ -69,6 +71,9 @@ class ModelConfig:
         f"model.width={self.width} must be a multiple of 4 and of"
         f" model.num_heads={self.num_heads}"
       )
+    layers.check_mlp_ratio(
+      self.mlp_ratio, lambda ratio: hidden_features(self.width, ratio)
+    )
     layers.check_dtype(self.dtype)
     stack.check_remat(self.remat)
     if self.attention is not None:
@@ -89,6 +94,11 @@ class ModelConfig:
   def side(self) -> int:
     """Patches along one side of an image; N is its square."""
     return self.image_size // self.patch_size
+
+
+def hidden_features(width: int, mlp_ratio: float) -> int:
+  """Features between the two layers of a feed-forward, as published."""
+  return int(width * mlp_ratio)
 
 
 State = Float[Array, "L B ..."]  # [L, B, H, D, D] unless it is opaque
@@ -162,7 +172,8 @@ class Block(nnx.Module):
       init=layers.zeros,
     )
     self.attention = HybridAttention(config, dtype=dtype, rngs=rngs)
-    self.mlp = layers.FeedForward(config.width, dtype=dtype, rngs=rngs)
+    hidden = hidden_features(config.width, config.mlp_ratio)
+    self.mlp = layers.FeedForward(config.width, hidden, dtype=dtype, rngs=rngs)
 
   def __call__(
     self,
@@ -184,7 +195,8 @@ class ARFlow(nnx.Module):
   """The whole network: noisy image sequences in, velocities out.
 
   Forward FLOPs of an image of N tokens, 2 per multiply-add, without the patch,
-  time and output layers (1% of S/2): L (N (26 E^2 + 4 E (N + D)) + 12 E^2).
+  time and output layers (1% of S/2):
+  L (N ((10 + 4 R) E^2 + 4 E (N + D)) + 12 E^2).
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):

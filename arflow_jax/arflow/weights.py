@@ -11,13 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Float
 
-from arflow_jax.arflow.network import ARFlow, ModelConfig
+from arflow_jax.arflow.network import ARFlow, ModelConfig, hidden_features
 from arflow_jax.errors import ConfigError
 from arflow_jax.nn import patches, published
-from arflow_jax.nn.functional import Blueprint
+from arflow_jax.nn.functional import Blueprint, Params
 
 
 def _rows(config: ModelConfig) -> list[published.Row]:
@@ -46,28 +45,25 @@ def _rows(config: ModelConfig) -> list[published.Row]:
 
 
 def from_published(
-  state_dict: Mapping[str, Any],
-  *,
-  image_size: int | None = None,
-  dtype: str = "float32",
-) -> tuple[ARFlow, ModelConfig]:
-  """A network with published weights, and the sizes inferred from them.
+  state_dict: Mapping[str, Any], *, image_size: int | None = None
+) -> tuple[dict[str, Any], Params]:
+  """Published weights as ours, and the sizes inferred from them.
 
   Args:
     state_dict: arrays (NumPy, or anything NumPy can read) by published name.
       Of a training checkpoint, pass its `ema` entry.
     image_size: side of the (latent) images; needed only where the position
       table `pos_embed` is not among the weights.
-    dtype: type of the matrix products; no shape tells it.
 
   Returns:
-    The network, float32 parameters, and its `ModelConfig`.
+    What the weights tell of the config's `model` group, and float32 parameters.
 
   Raises:
     ConfigError: names that are missing, unexpected or misshapen, a position
       table of another network, or an image size that is not known.
   """
-  config = _infer(state_dict, image_size, dtype)
+  model = _infer(state_dict, image_size)
+  config = ModelConfig(**model)
   blueprint = Blueprint(lambda rngs: ARFlow(config, rngs=rngs))
   abstract = jax.eval_shape(blueprint.init, jax.random.key(0))
   buffers = {}
@@ -82,25 +78,27 @@ def from_published(
         f"pos_embed differs by {error:.3g} from the sine-cosine table that"
         " these networks are built with: not an ARFlow of this layout"
       )
-  return blueprint(params), config
+  return model, params
 
 
-def to_published(network: ARFlow) -> dict[str, Float[np.ndarray, "..."]]:
+def to_published(
+  config: ModelConfig, params: Params
+) -> dict[str, Float[np.ndarray, "..."]]:
   """The exact inverse of `from_published`: a state dict of float32 arrays."""
-  params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
-  named = published.export(params, _rows(network.config))
-  table = patches.sincos_table(network.config.side, network.config.width)
+  named = published.export(params, _rows(config))
+  table = patches.sincos_table(config.side, config.width)
   return jax.device_get({"pos_embed": table[None]} | named)
 
 
 def _infer(
-  state_dict: Mapping[str, Any], image_size: int | None, dtype: str
-) -> ModelConfig:
+  state_dict: Mapping[str, Any], image_size: int | None
+) -> dict[str, Any]:
   """Sizes from shapes; only a few arrays are looked at, none is trusted yet."""
   ranks = {
     "x_embedder.proj.weight": 4,
     "y_embedder.embedding_table.weight": 2,
     "blocks.0.attn.gt_proj.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
     "final_layer.linear.weight": 2,
   }
   sizes = published.sizes(state_dict, ranks)
@@ -119,7 +117,11 @@ def _infer(
       " image_size"
     )
   outputs = sizes["final_layer.linear.weight"][0]
-  return ModelConfig(
+  ratio = published.simplest_ratio(
+    sizes["blocks.0.mlp.fc1.weight"][0],
+    lambda ratio: hidden_features(width, ratio),
+  )
+  return dict(
     image_size=image_size,
     channels=channels,
     patch_size=patch,
@@ -127,6 +129,6 @@ def _infer(
     depth=published.count_layers(state_dict, "blocks.{}.attn.gt_proj.weight"),
     num_heads=sizes["blocks.0.attn.gt_proj.weight"][0],
     num_classes=sizes["y_embedder.embedding_table.weight"][0] - 1,
+    mlp_ratio=ratio,
     learn_sigma=outputs == 2 * channels * patch**2,
-    dtype=dtype,
   )

@@ -4,12 +4,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
-from arflow_jax.flowar import objective, sampler
+from arflow_jax.flowar import objective, sampler, weights
 from arflow_jax.flowar.network import FlowAR, ModelConfig
 from arflow_jax.nn.functional import Blueprint, Params
 
@@ -17,7 +18,8 @@ from arflow_jax.nn.functional import Blueprint, Params
 class FlowARBranch:
   """See `branches.Branch`."""
 
-  added_keys: ClassVar[dict[str, Any]] = {}
+  added_keys: ClassVar[dict[str, Any]] = {"model.mlp_ratio": 4.0}
+  from_published = staticmethod(weights.from_published)
 
   def __init__(self, config: ConfigDict):
     model = config.model.to_dict()
@@ -63,3 +65,6 @@ class FlowARBranch:
     settings: sampler.Settings,
   ) -> Float[Array, "B h w C"]:
     return sampler.sample(self.network(params), keys, labels, settings)
+
+  def to_published(self, params: Params) -> dict[str, Float[np.ndarray, "..."]]:
+    return weights.to_published(self.config, params)

@@ -24,7 +24,9 @@ from arflow_jax.flowar.layers import (
 )
 from arflow_jax.nn import layers, rope, stack
 
-_HEAD = 64  # features of an attention head, as published
+# As published, whatever the transformer has.
+_HEAD = 64  # features of an attention head
+_MLP_RATIO = 4.0
 
 
 class Context(NamedTuple):
@@ -130,7 +132,7 @@ class Block(nnx.Module):
       self.time_modulation = layers.linear(
         width, 3 * width, (None, "embed"), **kwargs
       )
-    self.mlp = GatedFeedForward(width, **kwargs)
+    self.mlp = GatedFeedForward(width, _MLP_RATIO, **kwargs)
     self._dtype = dtype
 
   def __call__(

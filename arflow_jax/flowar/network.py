@@ -24,6 +24,7 @@ from arflow_jax.flowar.layers import (
   GatedFeedForward,
   RMSNorm,
   attend,
+  hidden_features,
   modulated,
 )
 from arflow_jax.nn import layers, rope, stack
@@ -50,6 +51,8 @@ class ModelConfig:
     head_depth: blocks of the flow head.
     cross_attention: whether those blocks also attend to the conditions.
     num_classes: classes; label `num_classes` is the null class.
+    mlp_ratio: 3/2 of the hidden features of the transformer's feed-forward
+      layers over `width`; the flow head always has 4.
     dropout: of attention probabilities, attention results and both sides of
       the feed-forward's last layer, in the transformer, in training.
     rope_stretch: the range of positions that a scale of any side spans.
@@ -69,6 +72,7 @@ class ModelConfig:
   head_depth: int
   cross_attention: bool
   num_classes: int
+  mlp_ratio: float = 4.0
   dropout: float = 0.1
   rope_stretch: float = 16.0
   dtype: str = "float32"
@@ -99,6 +103,9 @@ class ModelConfig:
         f"model.head_width={self.head_width} must be a multiple of 64, the size"
         " of an attention head there"
       )
+    layers.check_mlp_ratio(
+      self.mlp_ratio, lambda ratio: hidden_features(self.width, ratio)
+    )
     config_lib.probability("model.dropout", self.dropout)
     layers.check_dtype(self.dtype)
     stack.check_remat(self.remat)
@@ -125,7 +132,7 @@ class Block(nnx.Module):
     )
     self.qkv = layers.linear(width, 3 * width, ("embed", "heads"), **kwargs)
     self.proj = layers.linear(width, width, ("heads", "embed"), **kwargs)
-    self.mlp = GatedFeedForward(width, **kwargs)
+    self.mlp = GatedFeedForward(width, config.mlp_ratio, **kwargs)
     self._config, self._dtype = config, dtype
 
   def __call__(

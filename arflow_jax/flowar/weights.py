@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Float
 
 from arflow_jax.errors import ConfigError
+from arflow_jax.flowar.layers import hidden_features
 from arflow_jax.flowar.network import FlowAR, ModelConfig
 from arflow_jax.nn import published
-from arflow_jax.nn.functional import Blueprint
+from arflow_jax.nn.functional import Blueprint, Params
 
 _LEADING_ONE = published.Layout(lambda a: a[None], lambda a: a[0])
 
@@ -120,9 +120,8 @@ def from_published(
   num_heads: int | None = None,
   scales: tuple[int, ...] | None = None,
   rope_stretch: float = 16.0,
-  dtype: str = "float32",
-) -> tuple[FlowAR, ModelConfig]:
-  """A network with published weights, and the sizes inferred from them.
+) -> tuple[dict[str, Any], Params]:
+  """Published weights as ours, and the sizes inferred from them.
 
   Args:
     state_dict: arrays (NumPy, or anything NumPy can read) by published name.
@@ -131,18 +130,17 @@ def from_published(
     num_heads: needed only where the rotary frequencies are not there.
     scales: needed only if not doubling sides fit the number of tokens.
     rope_stretch: range of the rotary positions; no shape tells it.
-    dtype: type of the matrix products; no shape tells it.
 
   Returns:
-    The network, float32 parameters, and its `ModelConfig` with default dropout.
+    What the weights tell of the config's `model` group, and float32 parameters.
 
   Raises:
     ConfigError: names that are missing, unexpected or misshapen, or sizes that
       cannot be told.
   """
-  config = _infer(
-    state_dict, patch_size, num_heads, scales, rope_stretch, dtype
-  )
+  model = _infer(state_dict, patch_size, num_heads, scales)
+  model["rope_stretch"] = rope_stretch
+  config = ModelConfig(**model)
   blueprint = Blueprint(lambda rngs: FlowAR(config, rngs=rngs))
   abstract = jax.eval_shape(blueprint.init, jax.random.key(0))
   buffers = {
@@ -151,22 +149,24 @@ def from_published(
     if name in state_dict
   }
   params = published.restore(state_dict, _rows(config), abstract, buffers)
-  return blueprint(params), config
+  return model, params
 
 
-def to_published(network: FlowAR) -> dict[str, Float[np.ndarray, "..."]]:
+def to_published(
+  config: ModelConfig, params: Params
+) -> dict[str, Float[np.ndarray, "..."]]:
   """The exact inverse of `from_published`: a state dict of float32 arrays."""
-  params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
-  named = published.export(params, _rows(network.config))
-  return jax.device_get(named) | _buffers(network.config)
+  named = published.export(params, _rows(config))
+  return jax.device_get(named) | _buffers(config)
 
 
-def _infer(state_dict, patch_size, num_heads, scales, rope_stretch, dtype):
+def _infer(state_dict, patch_size, num_heads, scales):
   """Sizes from shapes; only a few arrays are looked at, none is trusted yet."""
   ranks = {
     "class_emb.weight": 2,
     "z_proj.weight": 2,
     "encoder_pos_embed_learned": 3,
+    "encoder_blocks.0.mlp.fc1_g.weight": 2,
     "flownet.input_proj.weight": 2,
   }
   sizes = published.sizes(state_dict, ranks)
@@ -189,7 +189,11 @@ def _infer(state_dict, patch_size, num_heads, scales, rope_stretch, dtype):
   tokens = sizes["encoder_pos_embed_learned"][1]
   scales = scales or _doubling_scales(tokens)
   block, head = "{}_blocks.{{}}.attn.qkv.weight", "flownet.res_blocks.{}"
-  return ModelConfig(
+  ratio = published.simplest_ratio(
+    sizes["encoder_blocks.0.mlp.fc1_g.weight"][0],
+    lambda ratio: hidden_features(width, ratio),
+  )
+  return dict(
     image_size=scales[-1] * patch_size,
     channels=features // patch_size**2,
     patch_size=patch_size,
@@ -198,12 +202,11 @@ def _infer(state_dict, patch_size, num_heads, scales, rope_stretch, dtype):
     encoder_depth=published.count_layers(state_dict, block.format("encoder")),
     decoder_depth=published.count_layers(state_dict, block.format("decoder")),
     num_heads=num_heads,
+    mlp_ratio=ratio,
     head_width=sizes["flownet.input_proj.weight"][0],
     head_depth=published.count_layers(state_dict, head + ".attn.qkv.weight"),
     cross_attention=any(".crossattn." in name for name in state_dict),
     num_classes=classes - 1,
-    rope_stretch=rope_stretch,
-    dtype=dtype,
   )
 
 

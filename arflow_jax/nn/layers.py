@@ -6,6 +6,7 @@ Projections carry the names of their axes (`axes` in the variable's metadata:
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,20 @@ def check_dtype(name: str) -> None:
   """Raises ConfigError unless matrix products can be made in type `name`."""
   if name not in ("float32", "bfloat16"):
     raise ConfigError(f"model.dtype={name!r} must be 'float32' or 'bfloat16'")
+
+
+def check_mlp_ratio(ratio: float, features: Callable[[float], int]) -> None:
+  """Raises ConfigError unless a feed-forward of this ratio has features.
+
+  Args:
+    ratio: of its width to that of a token.
+    features: hidden features that a ratio gives.
+  """
+  if not 0 < ratio < math.inf or features(ratio) < 1:
+    raise ConfigError(
+      f"model.mlp_ratio={ratio} must be positive and give the feed-forward at"
+      " least one hidden feature; published networks have 4"
+    )
 
 
 def linear(
@@ -135,15 +150,14 @@ class LabelEmbedding(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-  """Two projections with a tanh-form GELU between, four times as wide."""
+  """Two projections with a tanh-form GELU between."""
 
-  def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    self.fc1 = linear(
-      width, 4 * width, ("embed", "mlp"), dtype=dtype, rngs=rngs
-    )
-    self.fc2 = linear(
-      4 * width, width, ("mlp", "embed"), dtype=dtype, rngs=rngs
-    )
+  def __init__(
+    self, width: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+  ):
+    kwargs = dict(dtype=dtype, rngs=rngs)
+    self.fc1 = linear(width, hidden, ("embed", "mlp"), **kwargs)
+    self.fc2 = linear(hidden, width, ("mlp", "embed"), **kwargs)
 
   def __call__(self, x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:
     return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))

@@ -5,6 +5,7 @@ are counted in their names and stacked in ours, and the full account of what is
 missing, unexpected or misshapen. It reads arrays only and executes nothing.
 """
 
+import bisect
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -66,18 +67,18 @@ def count_layers(state_dict: Mapping[str, Any], name: str) -> int:
 def sizes(
   state_dict: Mapping[str, Any], ranks: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-  """Shapes of the entries that tell the sizes of a network.
+  """Shapes of the entries that tell the sizes of a network, none empty.
 
   Args:
     state_dict: arrays by published name, not looked at yet.
     ranks: how many axes each of the named entries must have.
 
   Raises:
-    ConfigError: an entry that is not there, or of another rank.
+    ConfigError: an entry that is not there, of another rank, or empty.
   """
   found = {name: np.shape(state_dict.get(name)) for name in ranks}
   for name, rank in ranks.items():
-    if len(found[name]) != rank:
+    if len(found[name]) != rank or 0 in found[name]:
       there = found[name] if name in state_dict else "nothing"
       raise ConfigError(
         f"published weights lack {name} of {rank} axes, which tells the sizes"
@@ -85,6 +86,27 @@ def sizes(
         f" {sorted(state_dict)[:3]}"
       )
   return found
+
+
+def simplest_ratio(hidden: int, features: Callable[[float], int]) -> float:
+  """The ratio of the smallest denominator that gives so many features.
+
+  Features are a rounded product, so that many ratios give the same; published
+  ones are simple.
+
+  Args:
+    hidden: features that were found, at least one.
+    features: hidden features that a ratio gives; at least ratio / 2, and no
+      fewer for a greater ratio.
+  """
+  for denominator in itertools.count(1):
+    numerator = bisect.bisect_left(
+      range(2 * hidden * denominator + 2),
+      hidden,
+      key=lambda n: features(n / denominator),
+    )
+    if features(numerator / denominator) == hidden:
+      return numerator / denominator
 
 
 def export(params: Params, rows: list[Row]) -> dict[str, Any]:

@@ -231,7 +231,9 @@ def _metadata(path: epath.Path) -> dict[str, Any]:
 
 def _load_config(path: epath.Path) -> ConfigDict:
   stored = ocp.load_checkpointables(path, {"config": None})["config"]
-  return config_lib.complete(stored, branches.added_keys(stored["branch"]))
+  return config_lib.complete(
+    stored, branches.family(stored["branch"]).added_keys
+  )
 
 
 def _with_latest(config: ConfigDict, workdir: str) -> ConfigDict:

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 from flax import nnx
 
 from arflow_jax.arflow import weights
 from arflow_jax.arflow.network import ARFlow, ModelConfig
 from arflow_jax.nn.functional import Blueprint
+from tests.tiny import random_params
 
 GOLDEN = ModelConfig(
   image_size=8,
@@ -22,7 +24,27 @@ GOLDEN = ModelConfig(
 
 def golden_network(rs: np.random.RandomState) -> ARFlow:
   """The network of the golden values, for 8x8 latents."""
-  return weights.from_published(golden_state_dict(rs), image_size=8)[0]
+  return published_network(golden_state_dict(rs), image_size=8)[0]
+
+
+def published_network(state_dict, **untold) -> tuple[ARFlow, ModelConfig]:
+  """The network of published weights, and its config."""
+  model, params = weights.from_published(state_dict, **untold)
+  config = ModelConfig(**model)
+  return Blueprint(lambda rngs: ARFlow(config, rngs=rngs))(params), config
+
+
+def published_weights(network: ARFlow) -> dict[str, np.ndarray]:
+  """The published state dict of a network's parameters."""
+  params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+  return weights.to_published(network.config, params)
+
+
+def random_network(config: ModelConfig) -> ARFlow:
+  """A network whose zero-initialised layers are random too."""
+  blueprint = Blueprint(lambda rngs: ARFlow(config, rngs=rngs))
+  abstract = jax.eval_shape(blueprint.init, jax.random.key(0))
+  return blueprint(random_params(abstract, 0.1))
 
 
 def with_attention(model: ARFlow, implementation: str | None) -> ARFlow:

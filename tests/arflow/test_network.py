@@ -9,13 +9,18 @@ import pytest
 from flax import nnx
 
 from arflow_jax import branches
-from arflow_jax.arflow import weights
-from arflow_jax.arflow.network import ARFlow, ModelConfig
+from arflow_jax.arflow.network import ARFlow
 from arflow_jax.errors import ConfigError
 from arflow_jax.kernels import hybrid_attention
-from arflow_jax.nn.functional import Blueprint
 from configs.arflow import get_config
-from tests.arflow.helpers import GOLDEN, golden_network, with_attention
+from tests.arflow.helpers import (
+  GOLDEN,
+  golden_network,
+  published_network,
+  published_weights,
+  random_network,
+  with_attention,
+)
 from tests.conftest import (
   channels_first,
   channels_last,
@@ -76,7 +81,7 @@ ATTENTIONS = pytest.mark.parametrize(
 @pytest.mark.parametrize("path", parity_files("arflow_train_forward_*"))
 def test_train_forward_and_gradients(path, load_parity, attention):
   z = load_parity(path)
-  model, _ = weights.from_published(z.params())
+  model, _ = published_network(z.params())
   model = _served(model, attention)
   graphdef, state = nnx.split(model, nnx.Param)
   params = nnx.to_pure_dict(state)
@@ -99,7 +104,7 @@ def test_train_forward_and_gradients(path, load_parity, attention):
 
   # Gradients travel through the same map as weights; what the file does not
   # hold in full is compared by its norm.
-  ours = weights.to_published(nnx.merge(graphdef, nnx.State(grads)))
+  ours = published_weights(nnx.merge(graphdef, nnx.State(grads)))
   for name, wanted in z.under("out/grad/").items():
     assert relative_error(ours[name], wanted) < 1e-4, name
   for name, wanted in z.under("out/grad_norm/").items():
@@ -109,7 +114,7 @@ def test_train_forward_and_gradients(path, load_parity, attention):
 @pytest.mark.parametrize("path", parity_files("arflow_train_forward_*"))
 def test_sublayers(path, load_parity):
   z = load_parity(path)
-  model, config = weights.from_published(z.params())
+  model, config = published_network(z.params())
   t = jnp.asarray(z["in/t"])
   embedded = model.time_embedding(t)
   wanted = z["out/t_embed"]
@@ -140,7 +145,7 @@ def test_sublayers(path, load_parity):
 @pytest.mark.parametrize("path", parity_files("arflow_recurrent_*"))
 def test_recurrent(path, load_parity, attention):
   z = load_parity(path)
-  model, config = weights.from_published(z.params())
+  model, config = published_network(z.params())
   model = _served(model, attention)
   x, t = channels_last(z["in/x"]), z["in/t"]
   labels = jnp.asarray(z["in/y"])
@@ -157,20 +162,9 @@ def test_recurrent(path, load_parity, attention):
   assert relative_error(whole, state) < 1e-5
 
 
-def _random(config: ModelConfig) -> ARFlow:
-  """A network whose zero-initialised layers are random too."""
-  blueprint = Blueprint(lambda rngs: ARFlow(config, rngs=rngs))
-  rs = np.random.RandomState(0)  # by NumPy: there is nothing to compile
-  params = jax.tree.map(
-    lambda leaf: jnp.asarray(0.1 * rs.standard_normal(leaf.shape), "float32"),
-    jax.eval_shape(blueprint.init, jax.random.key(0)),
-  )
-  return blueprint(params)
-
-
 @pytest.mark.parametrize("cuts", [[1, 1, 1, 1, 1], [2, 3], [4, 1]])
 def test_any_cut_of_a_sequence_gives_the_same(cuts):
-  model = _random(GOLDEN)
+  model = random_network(GOLDEN)
   key = jax.random.key(2)
   x = jax.random.normal(key, (2, 5, 8, 8, 4))
   t = jnp.sort(jax.random.uniform(key, (2, 5)))
@@ -214,15 +208,15 @@ def test_initial_values_follow_the_published_rules():
 
 @pytest.mark.parametrize(("remat", "stacks"), [("none", 0), ("full", 1)])
 def test_remat_reaches_the_blocks(remat, stacks):
-  model = _random(dataclasses.replace(GOLDEN, remat=remat))
+  model = random_network(dataclasses.replace(GOLDEN, remat=remat))
   args = (jnp.ones((1, 2, 8, 8, 4)), jnp.ones((1, 2)), jnp.array([0]))
   assert str(jax.make_jaxpr(model)(*args)).count("prevent_cse") == stacks
 
 
 def test_bfloat16_stays_close_and_returns_float32():
-  model = _random(GOLDEN)
+  model = random_network(GOLDEN)
   graphdef, state = nnx.split(model, nnx.Param)
-  half = _random(dataclasses.replace(GOLDEN, dtype="bfloat16"))
+  half = random_network(dataclasses.replace(GOLDEN, dtype="bfloat16"))
   graphdef, _ = nnx.split(half, nnx.Param)
   half = nnx.merge(graphdef, state)
   x = jax.random.normal(jax.random.key(3), (1, 3, 8, 8, 4))
@@ -262,6 +256,10 @@ def test_published_sizes(size, pixels):
     ({"depth": 0}, "model.depth=0"),
     ({"attention": "triton"}, "model.attention='triton'"),
     ({"num_heads": 3}, "model.num_heads=3"),
+    ({"mlp_ratio": 0.0}, "model.mlp_ratio=0.0"),
+    ({"mlp_ratio": float("nan")}, "model.mlp_ratio=nan"),
+    ({"mlp_ratio": float("inf")}, "model.mlp_ratio=inf"),
+    ({"mlp_ratio": 1 / 256}, "model.mlp_ratio=0.0039"),
     ({"dtype": "float16"}, "model.dtype='float16'"),
     ({"remat": "some"}, "model.remat='some'"),
   ],

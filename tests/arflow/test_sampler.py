@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 
 from arflow_jax import branches
-from arflow_jax.arflow import sampler, weights
+from arflow_jax.arflow import sampler
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import solvers
 from arflow_jax.flow.guidance import Guidance
 from configs.arflow import get_config
-from tests.arflow.helpers import golden_network, with_attention
+from tests.arflow.helpers import (
+  golden_network,
+  published_network,
+  with_attention,
+)
 from tests.conftest import (
   channels_first,
   channels_last,
@@ -87,7 +91,7 @@ def _guided_channels(outputs):
 @pytest.mark.parametrize("path", parity_files("arflow_sde_sample*"))
 def test_sde_sample(path, load_parity):
   z = load_parity(path)
-  model, _ = weights.from_published(z.params())
+  model, _ = published_network(z.params())
   for run in z.cases():
     name = run["name"]
     labels = jnp.asarray(z["in/y"])

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from arflow_jax.flowar import weights
 from arflow_jax.flowar.head import FlowHead
 from arflow_jax.flowar.network import FlowAR, ModelConfig
 from arflow_jax.nn import published
 from arflow_jax.nn.functional import Blueprint
+from tests.tiny import random_params
 
 SCALES = (1, 2, 4, 8, 16)
 
@@ -37,18 +39,20 @@ def golden_network(rs: np.random.RandomState, cross: bool) -> FlowAR:
     else:
       a = 0.1 * a
     filled[name] = a.astype(np.float32)
-  return weights.from_published(filled, num_heads=2)[0]
+  return published_network(filled, num_heads=2)[0]
 
 
-def random_params(abstract, scale=0.15):
-  """Random values for every leaf, by NumPy: there is nothing to compile."""
-  rs = np.random.RandomState(0)
-  return jax.tree.map(
-    lambda leaf: jnp.asarray(
-      scale * rs.standard_normal(leaf.shape), jnp.float32
-    ),
-    abstract,
-  )
+def published_network(state_dict, **untold) -> tuple[FlowAR, ModelConfig]:
+  """The network of published weights, and its config."""
+  model, params = weights.from_published(state_dict, **untold)
+  config = ModelConfig(**model)
+  return Blueprint(lambda rngs: FlowAR(config, rngs=rngs))(params), config
+
+
+def published_weights(network: FlowAR) -> dict[str, np.ndarray]:
+  """The published state dict of a network's parameters."""
+  params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+  return weights.to_published(network.config, params)
 
 
 def random_network(config: ModelConfig) -> FlowAR:

@@ -15,8 +15,7 @@ from arflow_jax.flowar import objective
 from arflow_jax.flowar.layers import Dropout
 from arflow_jax.training import loop, optimizer, state
 from configs.flowar import get_config
-from tests.flowar.helpers import random_params
-from tests.tiny import batches, flags, stored_state, tiny_config
+from tests.tiny import batches, flags, random_params, stored_state, tiny_config
 
 
 def _params(branch):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from arflow_jax import branches
 from arflow_jax.errors import ConfigError
-from arflow_jax.flowar import objective, weights
+from arflow_jax.flowar import objective
 from arflow_jax.flowar.network import FlowAR, ModelConfig
 from configs.flowar import get_config
 from tests.conftest import channels_last, parity_files, relative_error
@@ -20,6 +20,8 @@ from tests.flowar.helpers import (
   SCALES,
   golden_network,
   head_of,
+  published_network,
+  published_weights,
   random_network,
 )
 
@@ -102,7 +104,7 @@ def test_golden_training(cross):
 def _published(z):
   """The network of a reference file; no weight tells the patch size."""
   patch_size = z.meta["constructor"]["patch_size"]
-  return weights.from_published(z.params(), patch_size=patch_size)
+  return published_network(z.params(), patch_size=patch_size)
 
 
 def _reference_draws(z, scales, prefix="in/"):
@@ -153,7 +155,7 @@ def test_train_forward_and_gradients(path, load_parity):
   found, _ = jax.jit(network.conditions)(labels, _inputs(network, latents))
   assert relative_error(found, z["out/z"]) < 1e-5
 
-  ours = weights.to_published(merge(grads))
+  ours = published_weights(merge(grads))
   for name, rows in z.under("out/grad_rows/").items():
     assert relative_error(ours[name][: len(rows)], rows) < 1e-4, name
   for name, wanted in z.under("out/grad/").items():
@@ -264,7 +266,7 @@ def test_initial_values_follow_the_published_rules():
   """Xavier everywhere, the head's output and modulations too."""
   config = ModelConfig(8, 4, 1, (4, 8), 256, 2, 2, 4, 128, 2, True, 10)
   network = jax.jit(lambda: nnx.split(FlowAR(config, rngs=nnx.Rngs(0))))()
-  state = weights.to_published(nnx.merge(*network))
+  state = published_weights(nnx.merge(*network))
   for name, value in state.items():
     if name == "mask" or name.endswith("freqs"):
       continue
@@ -321,6 +323,9 @@ def test_bfloat16_stays_close_and_returns_float32():
     ({"num_heads": 3}, "model.width=32"),
     ({"num_heads": 16}, "model.width=32"),
     ({"head_width": 96}, "model.head_width=96"),
+    ({"mlp_ratio": -4.0}, "model.mlp_ratio=-4.0"),
+    ({"mlp_ratio": float("nan")}, "model.mlp_ratio=nan"),
+    ({"mlp_ratio": 1 / 32}, "model.mlp_ratio=0.03125"),
     ({"encoder_depth": 0}, "model.encoder_depth=0"),
     ({"rope_stretch": 0.0}, "model.rope_stretch=0.0"),
     ({"dropout": 1.0}, "model.dropout=1.0"),

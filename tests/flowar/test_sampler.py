@@ -12,7 +12,7 @@ from arflow_jax import branches
 from arflow_jax.analysis import flops
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow.guidance import Guidance
-from arflow_jax.flowar import sampler, weights
+from arflow_jax.flowar import sampler
 from arflow_jax.flowar.network import FlowAR
 from arflow_jax.flowar.objective import integer_levels
 from configs.flowar import get_config
@@ -26,6 +26,7 @@ from tests.flowar.helpers import (
   SCALES,
   golden_network,
   head_of,
+  published_network,
   random_params,
 )
 
@@ -105,7 +106,7 @@ def test_golden_sample(cross):
 @pytest.mark.parametrize("path", parity_files("flowar_sample*"))
 def test_published_samples(path, load_parity):
   z = load_parity(path)
-  network, config = weights.from_published(
+  network, config = published_network(
     z.params(), patch_size=z.meta["constructor"]["patch_size"]
   )
   for run in z.cases():

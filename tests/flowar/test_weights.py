@@ -9,7 +9,11 @@ from arflow_jax.errors import ConfigError
 from arflow_jax.flowar import weights
 from arflow_jax.flowar.network import ModelConfig
 from tests.conftest import parity_files
-from tests.flowar.helpers import random_network
+from tests.flowar.helpers import (
+  published_network,
+  published_weights,
+  random_network,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,9 +22,7 @@ from tests.flowar.helpers import random_network
 def test_a_published_state_dict_comes_back_exactly(path, load_parity):
   z = load_parity(path)
   state_dict, made = z.params(), z.meta["constructor"]
-  network, config = weights.from_published(
-    state_dict, patch_size=made["patch_size"]
-  )
+  network, config = published_network(state_dict, patch_size=made["patch_size"])
   assert config.image_size == made["img_size"] // made["vae_stride"]
   assert config.channels == made["vae_embed_dim"]
   assert config.scales == tuple(made["scale"])
@@ -28,13 +30,14 @@ def test_a_published_state_dict_comes_back_exactly(path, load_parity):
   assert config.encoder_depth == made["encoder_depth"]
   assert config.decoder_depth == made["decoder_depth"]
   assert config.num_heads == made["encoder_num_heads"]
+  assert config.mlp_ratio == made["mlp_ratio"]
   assert config.head_width == made["diffloss_w"]
   assert config.head_depth == made["diffloss_d"]
   assert config.cross_attention == made["cross"]
   # The published table has 1001 rows, whatever the number of classes.
   assert config.num_classes == len(state_dict["class_emb.weight"]) - 1
   assert config.num_classes >= made["class_num"]
-  back = weights.to_published(network)
+  back = published_weights(network)
   assert back.keys() == state_dict.keys()
   for name, value in state_dict.items():
     if name.endswith("freqs"):  # computed, not stored
@@ -54,8 +57,8 @@ def _published(cross, **change):
 @pytest.mark.parametrize("cross", [False, True])
 def test_our_parameters_come_back_exactly(cross):
   config, network = _published(cross)
-  state_dict = weights.to_published(network)
-  back, found = weights.from_published(state_dict, patch_size=2)
+  state_dict = published_weights(network)
+  back, found = published_network(state_dict, patch_size=2)
   assert found == config
   ours, theirs = (nnx.to_pure_dict(nnx.state(n)) for n in (network, back))
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -67,7 +70,7 @@ def test_our_parameters_come_back_exactly(cross):
   }
   with pytest.raises(ConfigError, match="give num_heads"):
     weights.from_published(bare, patch_size=2)
-  _, found = weights.from_published(bare, patch_size=2, num_heads=4)
+  _, found = published_network(bare, patch_size=2, num_heads=4)
   assert found == config
   for patch_size in (5, 0, -2):
     with pytest.raises(ConfigError, match=f"patch_size={patch_size}:"):
@@ -80,7 +83,7 @@ def test_our_parameters_come_back_exactly(cross):
 
 def test_every_fault_is_named():
   _, network = _published(True)
-  state_dict = weights.to_published(network)
+  state_dict = published_weights(network)
   del state_dict["flownet.res_blocks.1.crossattn.kv.weight"]
   state_dict["mask"] = np.zeros((1, 1, 3, 3))
   state_dict["encoder_blocks.0.attn.q.weight"] = np.zeros(1)
@@ -94,7 +97,7 @@ def test_every_fault_is_named():
 
 def test_tokens_that_fit_no_doubling_scales_are_asked_about():
   _, network = _published(False)
-  state_dict = weights.to_published(network)
+  state_dict = published_weights(network)
   for name in ("encoder", "decoder", "diffusion"):
     state_dict[f"{name}_pos_embed_learned"] = np.zeros((1, 22, 32), "float32")
   with pytest.raises(ConfigError, match=r"22 tokens .* give scales"):

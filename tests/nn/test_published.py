@@ -59,6 +59,19 @@ def test_sizes_come_from_arrays_of_the_right_rank():
     published.sizes(state_dict, {"c": 2})
   with pytest.raises(ConfigError, match=r"lack d of 1 axes.*found nothing"):
     published.sizes(state_dict, {"d": 1})
+  with pytest.raises(ConfigError, match=r"lack e of 2 axes.*\(0, 3\)"):
+    published.sizes({"e": np.zeros((0, 3))}, {"e": 2})
+
+
+@pytest.mark.parametrize("share", [1, 2 / 3])
+def test_the_ratio_behind_rounded_features_is_found(share):
+  for width in (16, 64, 384, 768, 1024, 1152, 1536):
+    features = lambda ratio, width=width: int(width * ratio * share)
+    for ratio in (1.0, 2.5, 3.0, 4.0, 16 / 3):
+      found = published.simplest_ratio(features(ratio), features)
+      assert found == pytest.approx(ratio, abs=0.1 if width == 16 else 1e-9)
+    for hidden in (1, 7, width + 1, 4 * width - 1):  # no simple one
+      assert features(published.simplest_ratio(hidden, features)) == hidden
 
 
 def test_a_parameter_without_a_row_is_an_error():
