@@ -4,7 +4,8 @@
     --guidance=1.5 --out=samples.png
 
 The run knows its config. --set changes sampling settings for this call:
---set=num_steps=50 --set=method=ode.
+--set=num_steps=50 --set=method=ode. After an interruption the same command goes
+on with the images it has drawn, which lie in OUT.shards until it is finished.
 """
 
 from arflow_jax import cli
@@ -32,9 +33,10 @@ def define(flags: cli.Flags) -> None:
 
 
 def main(args: cli.Args) -> None:
-  from arflow_jax.sampling import run
+  from arflow_jax.parallel import processes
+  from arflow_jax.sampling import draw, run
 
-  run.sample_to_file(
+  draw.sample_to_file(
     args.workdir,
     args.out,
     labels=args.labels,
@@ -43,7 +45,7 @@ def main(args: cli.Args) -> None:
     seed=args.seed,
     overwrite=args.overwrite,
   )
-  print(args.out)
+  processes.say(args.out)
 
 
 if __name__ == "__main__":

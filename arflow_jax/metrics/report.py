@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from arflow_jax.errors import ConfigError
 from arflow_jax.metrics.pixels import PixelEvaluator, Score
+from arflow_jax.parallel import processes
 from arflow_jax.sampling import run as run_lib
 
 
@@ -27,6 +29,8 @@ def evaluate_run(
   Raises:
     ConfigError: no run, data that cannot be judged, settings out of range.
   """
+  if "guidance" in overrides:
+    raise ConfigError("--set=guidance is another scale: add it to --guidance")
   run = run_lib.restore(workdir)
   generators = {
     scale: run.generator(overrides | {"guidance": scale}, seed)
@@ -36,8 +40,11 @@ def evaluate_run(
     num_samples = run.config.eval.num_samples
   evaluator = PixelEvaluator(run.config, num_samples)
   count, real = len(evaluator.labels), evaluator.real
-  print(
+  settings = run.settings(overrides).to_dict()
+  del settings["guidance"]  # of every row its own
+  processes.say(
     f"weights of step {run.step}; {count} samples per guidance\n"
+    f"{run_lib.describe(settings)} seed={seed}\n"
     f"the classifier is right on {evaluator.heldout:.4f} of the held-out images"
     f"\n\n{'':16}{'recognised':>12}{'distance':>10}{'x real':>8}"
   )
@@ -45,9 +52,8 @@ def evaluate_run(
 
   def row(name: str, score: Score) -> None:
     ratio = score.distance / real.distance
-    print(
-      f"{name:16}{score.recognised:12.4f}{score.distance:10.3f}{ratio:8.2f}",
-      flush=True,
+    processes.say(
+      f"{name:16}{score.recognised:12.4f}{score.distance:10.3f}{ratio:8.2f}"
     )
 
   row("real images", real)

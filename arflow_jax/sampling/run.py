@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
-import tqdm
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -16,7 +14,7 @@ from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.parallel import processes
-from arflow_jax.sampling import images, writers
+from arflow_jax.sampling import images
 from arflow_jax.training import checkpoint
 
 
@@ -93,40 +91,10 @@ def restore(workdir: str) -> Run:
   return Run(config, branches.build(config), params, step, mesh)
 
 
-def sample_to_file(
-  workdir: str,
-  out: str,
-  *,
-  labels: str,
-  per_label: int,
-  overrides: dict[str, Any],
-  seed: int = 0,
-  overwrite: bool = False,
-) -> None:
-  """Draws `per_label` images of each of `labels` (such as "0-9") into `out`.
-
-  Raises:
-    ConfigError: an output in the way, unknown labels or settings, no run.
-  """
-  writers.check_output(out, overwrite)
-  classes = images.parse_labels(labels)
-  run = restore(workdir)
-  images.check_labels(np.array(classes), run.branch.num_classes)
-  generator = run.generator(overrides, seed)
-  every = np.repeat(classes, per_label)
-  print(
-    f"drawing {len(every)} images with the weights of step {run.step}",
-    flush=True,
-  )
-
-  def blocks():
-    with tqdm.tqdm(total=len(every), unit="image") as bar:
-      for block in generator.blocks(every):
-        bar.update(len(block.indices))
-        yield block.local()[2]
-
-  names = ["none" if c == run.branch.num_classes else str(c) for c in classes]
-  writers.write(out, blocks(), every.tolist(), names, per_label)
+def describe(settings: dict[str, Any]) -> str:
+  """Sampling settings as one line, in the form of --set."""
+  pairs = (f"{key}={value}" for key, value in settings.items())
+  return "sample settings: " + " ".join(pairs)
 
 
 def parse_overrides(

@@ -1,12 +1,17 @@
-"""Where images go: a labelled PNG grid, an `.npz`, or a folder of PNGs."""
+"""Where images go: a labelled PNG grid, an `.npz`, or a folder of PNGs.
 
-import pathlib
+Each is written from images that come one by one, so that their number does not
+matter, and takes its place only when it is whole.
+"""
+
 import re
-import shutil
+import zipfile
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from etils import epath
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from arflow_jax.errors import ConfigError
@@ -15,10 +20,28 @@ _GAP = 4  # pixels between tiles
 _IMAGE_NAME = re.compile(r"\d{6,}_class\d+\.png")
 _TILE = 64  # tiles smaller than this are enlarged by a whole factor
 
+Pictures = Iterable[UInt8[np.ndarray, "H W K"]]
+
+
+class Layout(NamedTuple):
+  """What a set of images looks like.
+
+  Attributes:
+    shape: of one image, `[H, W, K]` with one channel or three.
+    labels: class of each image, for the names of files.
+    names: a name for each row of the grid.
+    per_row: images in a row of the grid.
+  """
+
+  shape: tuple[int, int, int]
+  labels: Int[np.ndarray, "n"]
+  names: Sequence[str]
+  per_row: int
+
 
 def check_output(out: str, overwrite: bool) -> None:
   """Raises ConfigError unless images may be written to `out`."""
-  path = pathlib.Path(out)
+  path = epath.Path(out)
   if not path.name or path.suffix not in (".png", ".npz", ""):
     raise ConfigError(
       f"--out={out} must end in .png (a grid) or .npz, or be a new folder"
@@ -42,78 +65,117 @@ def check_output(out: str, overwrite: bool) -> None:
     raise ConfigError(f"--out={out} cannot be written: {error}") from None
 
 
+def check_layout(out: str, layout: Layout) -> None:
+  """Raises ConfigError unless `out` can hold such images."""
+  if layout.shape[-1] not in (1, 3):
+    size = " x ".join(map(str, layout.shape))
+    raise ConfigError(f"--out={out}: {size} arrays are no pictures")
+  if out.endswith(".png"):
+    width, height = _Grid(layout).size
+    if width * height > Image.MAX_IMAGE_PIXELS:
+      raise ConfigError(
+        f"--out={out}: a grid of {len(layout.labels)} images has {width} x"
+        f" {height} pixels, more than most programs open; draw fewer, or choose"
+        " X.npz or a folder"
+      )
+
+
 def write(
   out: str,
-  blocks: Iterable[UInt8[np.ndarray, "b h w C"]],
-  labels: Sequence[int],
-  names: Sequence[str],
-  per_row: int,
+  images: Pictures,
+  layout: Layout,
+  *,
+  scratch: epath.Path,
+  overwrite: bool,
 ) -> None:
-  """Writes all images; an existing output is replaced only once all are drawn.
+  """Writes images; an existing output is replaced once all are written.
 
   Args:
-    out: `X.png` for a grid, `X.npz` for `arr_0` uint8 `[n, h, w, C]` (the
-      form of the ADM evaluation suite), anything else for a folder.
-    blocks: the images, in order.
-    labels: class of each image, for the names of files.
-    names: a name for each row of the grid.
-    per_row: images in a row of the grid.
+    out: `X.png` for a grid, `X.npz` for `arr_0` uint8 `[n, H, W, K]` (the form
+      of the ADM evaluation suite), anything else for a folder.
+    images: in order.
+    layout: what they look like.
+    scratch: a folder on the same disk, for what is not whole yet.
+    overwrite: whether an output that is there may be replaced.
+
+  Raises:
+    ConfigError: something has come into the way of the output.
   """
-  path = pathlib.Path(out)
-  part = path.with_name(path.name + ".part" + path.suffix)
-  if path.suffix:
-    images = np.concatenate(list(blocks))
-    if path.suffix == ".npz":
-      np.savez(part, arr_0=images)
-    else:
-      grid(images, names, per_row).save(part)
-    part.replace(path)
-    return
-  shutil.rmtree(part, ignore_errors=True)
-  part.mkdir()
-  index = 0
-  for block in blocks:
-    for image in block:
-      name = f"{index:06}_class{labels[index]}.png"
-      _picture(image).save(part / name)
-      index += 1
+  path = epath.Path(out)
+  part = scratch / f"whole{path.suffix}"
+  if path.suffix == ".npz":
+    _write_npz(part, images, layout)
+  elif path.suffix:
+    _save(_Grid(layout).draw(images), part)
+  else:
+    if part.exists():
+      part.rmtree()
+    part.mkdir()
+    for index, (image, label) in enumerate(zip(images, layout.labels)):
+      _save(_picture(image), part / f"{index:06}_class{label}.png")
+  check_output(out, overwrite)  # again: drawing may have taken hours
   if path.is_dir():
-    shutil.rmtree(path)
+    path.rmtree()
   part.replace(path)
 
 
-def grid(
-  images: UInt8[np.ndarray, "n h w C"], names: Sequence[str], per_row: int
-) -> Image.Image:
+def _write_npz(path: epath.Path, images: Pictures, layout: Layout) -> None:
+  header = {
+    "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+    "fortran_order": False,
+    "shape": (len(layout.labels), *layout.shape),
+  }
+  with (
+    path.open("wb") as file,
+    zipfile.ZipFile(file, "w") as archive,
+    archive.open("arr_0.npy", "w", force_zip64=True) as array,
+  ):
+    np.lib.format.write_array_header_1_0(array, header)
+    for image in images:
+      array.write(image.tobytes())
+
+
+class _Grid:
   """Rows of enlarged tiles with a gap between them and a name beside each row.
 
   Small images grow by a whole factor, pixel by pixel, so that they can be read.
   """
-  count, height, width, _ = images.shape
-  factor = max(1, -(-_TILE // max(height, width)))
-  tile_h, tile_w = height * factor, width * factor
-  font = ImageFont.load_default(size=24)
-  margin = _GAP * 2 + max(round(font.getlength(name)) for name in names)
-  rows = -(-count // per_row)
-  sheet = Image.new(
-    "RGB",
-    (
-      margin + per_row * (tile_w + _GAP) + _GAP,
-      rows * (tile_h + _GAP) + _GAP,
-    ),
-    "white",
-  )
-  draw = ImageDraw.Draw(sheet)
-  for row in range(rows):
-    top = _GAP + row * (tile_h + _GAP)
-    draw.text(
-      (_GAP, top + tile_h / 2), names[row], fill="black", font=font, anchor="lm"
+
+  def __init__(self, layout: Layout):
+    height, width, _ = layout.shape
+    factor = max(1, -(-_TILE // max(height, width)))
+    self._tile = width * factor, height * factor
+    self._names, self._per_row = layout.names, layout.per_row
+    self._font = ImageFont.load_default(size=24)
+    lengths = [round(self._font.getlength(name)) for name in layout.names]
+    self._margin = _GAP * 2 + max(lengths)
+    rows = -(-len(layout.labels) // layout.per_row)
+    self.size = (
+      self._margin + layout.per_row * (self._tile[0] + _GAP) + _GAP,
+      rows * (self._tile[1] + _GAP) + _GAP,
     )
-    for column, image in enumerate(images[row * per_row : (row + 1) * per_row]):
-      tile = _picture(image).resize((tile_w, tile_h), Image.Resampling.NEAREST)
-      sheet.paste(tile, (margin + _GAP + column * (tile_w + _GAP), top))
-  return sheet
+
+  def draw(self, images: Pictures) -> Image.Image:
+    """The whole sheet."""
+    sheet = Image.new("RGB", self.size, "white")
+    draw = ImageDraw.Draw(sheet)
+    width, height = self._tile
+    for index, image in enumerate(images):
+      row, column = divmod(index, self._per_row)
+      top = _GAP + row * (height + _GAP)
+      if column == 0:
+        at = (_GAP, top + height / 2)
+        name = self._names[row]
+        draw.text(at, name, fill="black", font=self._font, anchor="lm")
+      tile = _picture(image).resize(self._tile, Image.Resampling.NEAREST)
+      sheet.paste(tile, (self._margin + _GAP + column * (width + _GAP), top))
+    return sheet
 
 
-def _picture(image: UInt8[np.ndarray, "h w C"]) -> Image.Image:
+def _picture(image: UInt8[np.ndarray, "H W K"]) -> Image.Image:
   return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def _save(picture: Image.Image, path: epath.Path) -> None:
+  with path.open("wb") as file:
+    picture.save(file, format="PNG")

@@ -8,28 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from arflow_jax import branches
 from arflow_jax.errors import ConfigError
-from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.sampling import images
+from tests.sampling.noise import Noise, one_device
 from tests.tiny import tiny_config
-
-
-class _Noise(branches.Branch):
-  """A branch whose images are noise about their labels."""
-
-  num_classes = 10
-  image_shape = (2, 2, 4)
-
-  def __init__(self):
-    self.meshes = []  # one a trace
-
-  def sample(self, params, keys, labels, settings):
-    self.meshes.append(jax.sharding.get_abstract_mesh())
-    noise = jax.vmap(lambda key: jax.random.normal(key, self.image_shape))(keys)
-    return params * noise + labels[:, None, None, None]
 
 
 def _decode(drawn):
@@ -37,19 +20,10 @@ def _decode(drawn):
   return images.to_pixels(jnp.repeat(jnp.repeat(drawn[..., :1], 2, 1), 2, 2))
 
 
-def _generator(branch=None, *, decode=_decode, **options):
-  mesh = mesh_lib.make_mesh(
-    ConfigDict({"data": 1, "fsdp": 1}), jax.devices()[:1]
-  )
-  options = {"block_size": 8} | options
-  return images.Generator(
-    branch or _Noise(),
-    jnp.float32(0.1),
-    None,
-    mesh=mesh,
-    decode=decode,
-    **options,
-  )
+def _generator(branch=None, **options):
+  branch = branch or Noise((2, 2, 4))
+  options = {"block_size": 8, "mesh": one_device(), "decode": _decode} | options
+  return images.Generator(branch, jnp.float32(0.1), None, **options)
 
 
 def _draw(generator, *args):
@@ -87,7 +61,7 @@ def test_blocks_say_what_they_hold():
 
 
 def test_one_program_under_the_mesh_serves_every_block():
-  branch = _Noise()
+  branch = Noise()
   generator = _generator(branch)
   blocks = generator.blocks(np.arange(20) % 10)
   next(blocks)

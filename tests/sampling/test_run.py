@@ -1,4 +1,4 @@
-"""A restored run: old checkpoints, overrides, the report of `evaluate`."""
+"""A restored run: old checkpoints, overrides, what cannot be drawn."""
 
 import pathlib
 import shutil
@@ -10,7 +10,6 @@ import pytest
 from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
-from arflow_jax.metrics import report
 from arflow_jax.sampling import run
 from tests.tiny import tiny_config
 
@@ -106,15 +105,3 @@ def test_sampling_works_beside_an_unreadable_newest(tmp_path, caplog):
 def test_no_run_is_an_error(tmp_path):
   with pytest.raises(ConfigError, match="holds no checkpoint"):
     run.restore(str(tmp_path))
-
-
-def test_evaluate_reports_every_guidance(capsys):
-  scores = report.evaluate_run(
-    str(TINY_RUN), [1.0, 2.0], {"num_steps": 2}, num_samples=20
-  )
-  out = capsys.readouterr().out
-  assert scores.keys() == {1.0, 2.0}
-  assert "20 samples per guidance" in out
-  for line in ("held-out images", "real images", "guidance 1 ", "guidance 2 "):
-    assert line in out
-  assert scores[1.0].distance > 0
