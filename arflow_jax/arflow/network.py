@@ -264,3 +264,22 @@ class ARFlow(nnx.Module):
     out = self.final_linear(tokens)
     out = patches.unpatchify(out, config.patch_size, config.side)
     return out[..., : config.channels].astype(jnp.float32), state
+
+  def init_state(self, rows: int, *, opaque_state: bool = False) -> State:
+    """The empty state of every layer, for so many sequences.
+
+    Args:
+      rows: B of the calls that it is for.
+      opaque_state: as in those calls.
+    """
+    config = self.config
+    shape = hybrid_attention.state_shape(
+      batch=rows,
+      tokens=config.side**2,
+      heads=config.num_heads,
+      head=config.width // config.num_heads,
+      dtype=config.dtype,
+      opaque_state=opaque_state,
+      implementation=config.attention,
+    )
+    return jnp.zeros((config.depth, *shape))

@@ -181,6 +181,22 @@ def test_any_cut_of_a_sequence_gives_the_same(cuts):
   np.testing.assert_allclose(state, last, atol=2e-5)
 
 
+@pytest.mark.parametrize("opaque", [False, True])
+@pytest.mark.parametrize("attention", [None, "pallas_tpu_interpret"])
+def test_an_empty_state_looks_like_what_a_call_returns(attention, opaque):
+  model = with_attention(ARFlow(GOLDEN, rngs=nnx.Rngs(0)), attention)
+  call = lambda: model(
+    jnp.ones((3, 1, 8, 8, 4)),
+    jnp.ones((3, 1)),
+    jnp.zeros(3, int),
+    opaque_state=opaque,
+  )
+  _, returned = jax.eval_shape(call)
+  state = model.init_state(3, opaque_state=opaque)
+  assert (state.shape, state.dtype) == (returned.shape, returned.dtype)
+  assert not state.any()
+
+
 def test_fresh_network_answers_zero():
   model = ARFlow(GOLDEN, rngs=nnx.Rngs(0))
   x = jnp.ones((1, 2, 8, 8, 4))

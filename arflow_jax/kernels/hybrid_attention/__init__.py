@@ -7,6 +7,7 @@ from arflow_jax.kernels.hybrid_attention.api import (
   IMPLEMENTATIONS,
   hybrid_attention,
   misfit,
+  state_shape,
 )
 
-__all__ = ["IMPLEMENTATIONS", "hybrid_attention", "misfit"]
+__all__ = ["IMPLEMENTATIONS", "hybrid_attention", "misfit", "state_shape"]

@@ -120,31 +120,17 @@ def hybrid_attention(
       raise ValueError(
         f"{name} has shape {shape}, expected {wanted[name]} for q of {q.shape}"
       )
-  name = implementation
-  if name is None:
-    name = "pallas_tpu" if shards.platform() == "tpu" else "xla"
-  reason = misfit(
-    name,
+  size = dict(
+    batch=batch,
     tokens=length // num_chunks,
     heads=heads,
     head=head,
     dtype=q.dtype,
-    batch=batch,
   )
-  if reason and implementation:
-    raise ConfigError(
-      f"implementation={name!r}: {reason}; leave it out for the best there is"
-    )
-  if reason:
-    _say_once(f"hybrid attention takes the XLA form, not {name}: {reason}")
-    name = "xla"
+  name = _choose(implementation, **size)
   fused = name.startswith("pallas")  # with norms and gate, or without
   if opaque_state and state is not None:
-    held = (batch, heads, head, head)
-    if fused:
-      held = pallas_tpu.Plan(
-        batch, 1, length, heads, head, q.dtype
-      ).arrays.memory.shape
+    held = _opaque_shape(name, **size)
     if state.shape != held:
       raise ValueError(
         f"opaque state has shape {state.shape}, {name} holds {held}: hand back"
@@ -175,9 +161,67 @@ def hybrid_attention(
   return out, state
 
 
+def state_shape(
+  *,
+  batch: int,
+  tokens: int,
+  heads: int,
+  head: int,
+  dtype: jax.typing.DTypeLike,
+  opaque_state: bool = False,
+  implementation: str | None = None,
+) -> tuple[int, ...]:
+  """Shape of the memory that `hybrid_attention` takes and returns.
+
+  Under the same ambient mesh as the call, for an opaque memory depends on the
+  implementation that is chosen there.
+
+  Args:
+    batch: B, over all devices.
+    tokens: N, tokens of an image.
+    heads: H, over all devices.
+    head: D, head size.
+    dtype: of q, k and v.
+    opaque_state: as in the call.
+    implementation: as in the call.
+
+  Raises:
+    ConfigError: as the call does.
+  """
+  size = dict(
+    batch=batch, tokens=tokens, heads=heads, head=head, dtype=jnp.dtype(dtype)
+  )
+  name = _choose(implementation, **size)
+  if opaque_state:
+    return _opaque_shape(name, **size)
+  return (batch, heads, head, head)
+
+
+def _choose(implementation: str | None, **size) -> str:
+  """The implementation that is called; raises ConfigError if there is none."""
+  name = implementation
+  if name is None:
+    name = "pallas_tpu" if shards.platform() == "tpu" else "xla"
+  reason = misfit(name, **size)
+  if reason and implementation:
+    raise ConfigError(
+      f"implementation={name!r}: {reason}; leave it out for the best there is"
+    )
+  if reason:
+    _say_once(f"hybrid attention takes the XLA form, not {name}: {reason}")
+    return "xla"
+  return name
+
+
+def _opaque_shape(name: str, **size) -> tuple[int, ...]:
+  if name.startswith("pallas"):
+    return pallas_tpu.Plan(images=1, **size).arrays.memory.shape
+  return (size["batch"], size["heads"], size["head"], size["head"])
+
+
 @functools.cache
 def _say_once(message: str) -> None:
-  warnings.warn(message, stacklevel=3)
+  warnings.warn(message, stacklevel=4)
 
 
 def _rms_norm(x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:

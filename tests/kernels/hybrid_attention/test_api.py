@@ -219,6 +219,15 @@ def test_state_is_right_for_any_number_of_chunks_per_call(
   held = (1, 2, 64, 128)  # two groups of two heads: [B, groups, D, lanes]
   packed = opaque and implementation == "pallas_tpu_interpret"
   assert last.shape == (held if packed else (1, 4, 64, 64))
+  assert last.shape == package.state_shape(
+    batch=1,
+    tokens=case.tokens,
+    heads=4,
+    head=64,
+    dtype=jnp.float32,
+    opaque_state=opaque,
+    implementation=implementation,
+  )
   outs, start, state = [], 0, None
   for images in (2, 1, 2):
     stop = start + images * case.tokens
