@@ -47,15 +47,13 @@ class ARFlowBranch:
     return objective.velocity_loss(velocity, noisy.velocity)
 
   def settings(self, sample: ConfigDict) -> sampler.Settings:
-    settings = sample.to_dict()
-    del settings["block_size"]  # the service's, not the model's
-    channels = settings["guidance_channels"]
+    channels = sample.guidance_channels
     if channels and channels > self.config.channels:
       raise ConfigError(
         f"sample.guidance_channels={channels} exceeds"
         f" model.channels={self.config.channels}"
       )
-    return sampler.Settings(**settings)
+    return sampler.Settings.from_config(sample)
 
   def sample(
     self,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float, Int, Key
 
-from arflow_jax.flow import objective, paths
+from arflow_jax.flow import guidance, objective, paths
 
 
 class Trajectory(NamedTuple):
@@ -45,9 +45,8 @@ def noisy_trajectory(
     time_key, noise_key, drop_key = jax.random.split(key, 3)
     t = objective.sorted_uniform_times(time_key, images.shape[0])
     noise = jax.random.normal(noise_key, images.shape)
-    dropped = jax.random.uniform(drop_key) < label_dropout
     x, velocity = path.interpolate(noise, images, t)
-    label = jax.lax.select(dropped, null_label, label)
+    label = guidance.drop_label(drop_key, label, null_label, label_dropout)
     return Trajectory(x, t, label, velocity)
 
   return jax.vmap(item)(images, labels, keys)

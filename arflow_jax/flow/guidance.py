@@ -7,21 +7,14 @@ only, an inheritance from DiT; a limited interval follows arXiv 2404.07724.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow.solvers import Velocity
-
-Carry = Any
-Pair = Callable[
-  [jax.Array, jax.Array, Carry], tuple[jax.Array, jax.Array, Carry]
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,29 +25,41 @@ class Guidance:
     scale: 1 means none; must not be negative.
     interval: times `low <= t <= high` at which it applies, within [0, 1].
     channels: guide only the first this many channels; None guides all.
+
+  Raises:
+    ConfigError: a number out of range.
   """
 
-  scale: float = 1.0
-  interval: tuple[float, float] = (0.0, 1.0)
-  channels: int | None = None
+  scale: float
+  interval: tuple[float, float]
+  channels: int | None
 
   def __post_init__(self):
     low, high = self.interval
     if not 0 <= self.scale < math.inf:
       raise ConfigError(
-        f"guidance={self.scale} must not be negative, and finite"
+        f"sample.guidance={self.scale} must not be negative, and finite"
       )
     if not 0 <= low <= high <= 1:
       raise ConfigError(
-        f"guidance interval ({low}, {high}) must satisfy 0 <= low <= high <= 1"
+        f"sample.guidance_low={low} and sample.guidance_high={high} must"
+        " satisfy 0 <= low <= high <= 1"
       )
     channels = self.channels
     if channels is not None and not (
       isinstance(channels, int) and channels > 0
     ):
       raise ConfigError(
-        f"guidance_channels={self.channels} must be at least 1, or None for all"
+        f"sample.guidance_channels={self.channels} must be at least 1, or None"
+        " for all"
       )
+
+  def inside(self, times: Float[np.ndarray, "K"]) -> Bool[np.ndarray, "K"]:
+    """At which times it applies, so that the unconditional half is needed."""
+    low, high = self.interval
+    # A time that stands on a bound counts as inside, whatever its rounding.
+    within = (low - 1e-6 <= times) & (times <= high + 1e-6)
+    return within & (self.scale != 1)
 
   def combine(
     self, cond: Float[Array, "*lead C"], uncond: Float[Array, "*lead C"]
@@ -68,10 +73,7 @@ class Guidance:
 
 
 def guide(
-  pair: Pair,
-  single: Velocity,
-  guidance: Guidance,
-  times: Float[np.ndarray, "K"],
+  velocity: Velocity, guidance: Guidance, times: Float[np.ndarray, "K"]
 ) -> list[Velocity]:
   """Builds the guided velocity, one for each time, of a model with state.
 
@@ -79,22 +81,32 @@ def guide(
   no unconditional half in it, so that guidance costs nothing there.
 
   Args:
-    pair: `(x, t, carry) -> (cond, uncond, carry)`, both halves in one call.
-    single: `(x, t, carry) -> (cond, carry)`, the conditional half alone.
+    velocity: `(x [R, ...], t, carry) -> (velocity [R, ...], carry)`, for B rows
+      the conditional half alone. Where any time lies inside, it is also called
+      with 2B rows, the same x twice; then the second B are to be unconditional.
     guidance: when and how the halves are combined.
-    times: concrete times at which steps start; what `solvers` then take.
+    times: concrete times at which steps start.
 
   Returns:
-    For each time `(x, t, carry) -> (velocity, carry)`, one of two objects.
+    For each time `(x [B, ...], t, carry) -> (velocity, carry)`, one of two
+    objects.
   """
-  low, high = guidance.interval
 
   def guided(x, t, carry):
-    cond, uncond, carry = pair(x, t, carry)
-    return guidance.combine(cond, uncond), carry
+    both, carry = velocity(jnp.concatenate([x, x]), t, carry)
+    batch = x.shape[0]
+    return guidance.combine(both[:batch], both[batch:]), carry
 
-  def inside(t):
-    # A time that stands on a bound counts as inside, whatever its rounding.
-    return guidance.scale != 1 and low - 1e-6 <= t <= high + 1e-6
+  return [guided if inside else velocity for inside in guidance.inside(times)]
 
-  return [guided if inside(t) else single for t in times]
+
+def with_null(labels: Int[Array, "B"], null_label: int) -> Int[Array, "R"]:
+  """The labels of both halves: as given, then as many null labels; R = 2B."""
+  return jnp.concatenate([labels, jnp.full_like(labels, null_label)])
+
+
+def drop_label(
+  key: Key[Array, ""], label: Int[Array, ""], null_label: int, rate: float
+) -> Int[Array, ""]:
+  """The training half: a label, or by chance `rate` the null label."""
+  return jnp.where(jax.random.uniform(key) < rate, null_label, label)

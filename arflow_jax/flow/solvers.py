@@ -60,24 +60,12 @@ DIFFUSIONS: dict[str, Callable[[paths.Path, jax.Array, float], jax.Array]] = {
 LAST_STEPS = ("mean", "euler", "tweedie", "none")
 
 
-def check(diffusion: str, last_step: str) -> None:
-  """Raises ConfigError where a name is not one of the forms offered here."""
-  if diffusion not in DIFFUSIONS:
-    raise ConfigError(
-      f"diffusion={diffusion!r} is unknown; choose from {sorted(DIFFUSIONS)}"
-    )
-  if last_step not in LAST_STEPS:
-    raise ConfigError(
-      f"last_step={last_step!r} is unknown; choose from {sorted(LAST_STEPS)}"
-    )
-
-
 def ode(
   velocity: Velocity | Sequence[Velocity],
   x: Any,
   carry: Carry,
   times: Float[Array, "K"],
-  method: str = "euler",
+  method: str,
 ) -> tuple[Any, Carry]:
   """An explicit Runge-Kutta method on a grid of K times: K - 1 steps.
 
@@ -100,10 +88,7 @@ def ode(
     ConfigError: an unknown method.
     ValueError: velocities that are not one for each step.
   """
-  if method not in ODE_METHODS:
-    raise ConfigError(
-      f"method={method!r} is unknown; choose from {sorted(ODE_METHODS)}"
-    )
+  _check_name("method", method, ODE_METHODS)
   nodes, rows, weights = ODE_METHODS[method]
 
   def step(velocity, x, carry, i):
@@ -123,8 +108,8 @@ def adaptive_ode(
   x: Any,
   times: Float[Array, "K"],
   *,
-  rtol: float = 1e-3,
-  atol: float = 1e-6,
+  rtol: float,
+  atol: float,
   max_steps: int = 4096,
 ) -> Any:
   """Dormand-Prince 5(4) with adaptive steps, by diffrax, without a carry.
@@ -166,12 +151,12 @@ def sde(
   times: Float[Array, "K"],
   noise: Noise,
   *,
-  method: str = "euler",
-  path: paths.Path = paths.LINEAR,
-  diffusion: str = "sigma",
-  diffusion_norm: float = 1.0,
-  last_step: str = "mean",
-  last_step_size: float = 0.04,
+  method: str,
+  path: paths.Path,
+  diffusion: str,
+  diffusion_norm: float,
+  last_step: str,
+  last_step_size: float,
 ) -> tuple[Float[Array, "B *rest"], Carry]:
   """K - 1 stochastic steps on an even grid of K times, then one last step.
 
@@ -181,7 +166,7 @@ def sde(
 
   Args:
     velocity: the model, `(x, t, carry) -> (velocity, carry)`; or one for each
-      time of the grid, where neighbours that are the same object share a loop.
+      step, where neighbours that are the same object share a loop.
     x: standard normal noise to start from.
     carry: the model's state before the first call.
     times: even, ascending grid over `intervals.sampling`; the published ARFlow
@@ -202,20 +187,19 @@ def sde(
 
   Raises:
     ConfigError: an unknown method, diffusion or last step.
-    ValueError: velocities that are not one for each time, or fewer than two
+    ValueError: velocities that are not one for each step, or fewer than two
       times.
   """
-  check(diffusion, last_step)
-  if method not in SDE_METHODS:
-    raise ConfigError(
-      f"method={method!r} is unknown; choose from {SDE_METHODS}"
-    )
+  _check_name("method", method, SDE_METHODS)
+  _check_name("diffusion", diffusion, DIFFUSIONS)
+  _check_name("last_step", last_step, LAST_STEPS)
   count = times.shape[0]
   if count < 2:
     raise ValueError(f"an SDE needs at least two times, got {count}")
+  steps = count - 1 if last_step == "none" else count
   if callable(velocity):
-    velocity = [velocity] * count
-  _check_count(velocity, count)
+    velocity = [velocity] * steps
+  _check_count(velocity, steps)
   dt = times[1] - times[0]
 
   def diffusion_at(t):
@@ -239,7 +223,7 @@ def sde(
     d_end, _ = drift(velocity, x + dt * d, t + dt, carry)
     return x + dt / 2 * (d + d_end), carry
 
-  x, carry = _loop(step, velocity[:-1], x, carry, count - 1)
+  x, carry = _loop(step, velocity[: count - 1], x, carry, count - 1)
   if last_step == "none":
     return x, carry
   t = times[-1]
@@ -271,9 +255,14 @@ def _loop(step, velocity, x, carry, count):
   return x, carry
 
 
+def _check_name(key, name, known):
+  if name not in known:
+    raise ConfigError(f"{key}={name!r} is unknown; choose from {sorted(known)}")
+
+
 def _check_count(velocities, count):
   if len(velocities) != count:
-    raise ValueError(f"{len(velocities)} velocities for {count} calls")
+    raise ValueError(f"{len(velocities)} velocities for {count} steps")
 
 
 def _move(x, dt, weights, slopes):

@@ -3,13 +3,13 @@
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
+from arflow_jax.flow import guidance
 from arflow_jax.flowar import objective, sampler, weights
 from arflow_jax.flowar.network import FlowAR, ModelConfig
 from arflow_jax.nn.functional import Blueprint, Params
@@ -44,16 +44,15 @@ class FlowARBranch:
   ) -> Float[Array, "B"]:
     network = self.network(params)
     keys = jax.vmap(jax.random.split)(keys)
-    dropped = jax.vmap(jax.random.uniform)(keys[:, 0]) < self.label_dropout
-    labels = jnp.where(dropped, self.num_classes, batch["labels"])
+    drop = lambda key, label: guidance.drop_label(
+      key, label, self.num_classes, self.label_dropout
+    )
+    labels = jax.vmap(drop)(keys[:, 0], batch["labels"])
     draws = objective.draw(keys[:, 1], network, dropout=self.config.dropout > 0)
     return objective.loss(network, batch["images"][:, 0], labels, draws)
 
   def settings(self, sample: ConfigDict) -> sampler.Settings:
-    settings = sample.to_dict()
-    del settings["block_size"]  # the service's, not the model's
-    settings["scale_steps"] = tuple(settings["scale_steps"])
-    settings = sampler.Settings(**settings)
+    settings = sampler.Settings.from_config(sample)
     settings.steps_of(0, len(self.config.scales))  # checks their number
     return settings
 

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import guidance as guidance_lib
-from arflow_jax.flow import solvers
+from arflow_jax.flow import paths, solvers
+from arflow_jax.flow.integrate import Integrator
 from arflow_jax.flowar.head import FlowHead
 from arflow_jax.flowar.network import FlowAR
 from arflow_jax.flowar.objective import integer_levels
@@ -27,7 +29,7 @@ METHODS = ("ode", "sde")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How the scales are drawn; the defaults are those published for FlowAR-L.
+  """How the scales are drawn.
 
   Attributes:
     method: "ode" (Euler) or "sde" (Euler-Maruyama with the sigma diffusion, to
@@ -46,13 +48,13 @@ class Settings:
     ConfigError: an unknown name, or a number out of range.
   """
 
-  method: str = "ode"
-  grid: str = "published"
-  num_steps: int = 25
-  scale_steps: tuple[int, ...] = ()
-  guidance: float = 2.4
-  guidance_low: float = 0.1
-  guidance_high: float = 1.0
+  method: str
+  grid: str
+  num_steps: int
+  scale_steps: tuple[int, ...]
+  guidance: float
+  guidance_low: float
+  guidance_high: float
 
   def __post_init__(self):
     if self.method not in METHODS:
@@ -70,10 +72,28 @@ class Settings:
       self.levels(steps)  # checks the grid
     self.classifier_free(1.0)  # checks itself
 
+  @classmethod
+  def from_config(cls, sample: ConfigDict) -> "Settings":
+    """The settings of a `sample` group.
+
+    Raises:
+      ConfigError: an unknown name, or a number out of range.
+    """
+    keys = [field.name for field in dataclasses.fields(cls)]
+    settings = {key: sample[key] for key in keys}
+    return cls(**settings | {"scale_steps": tuple(sample.scale_steps)})
+
+  @property
+  def integrator(self) -> Integrator:
+    """The published one of either equation."""
+    return Integrator(self.method, "sigma", 1.0, "mean", 0.04)
+
   def classifier_free(self, share: float) -> guidance_lib.Guidance:
     """The guidance of a scale; `share` rises from 0 at the first scale to 1."""
     return guidance_lib.Guidance(
-      1 + (self.guidance - 1) * share, (self.guidance_low, self.guidance_high)
+      1 + (self.guidance - 1) * share,
+      (self.guidance_low, self.guidance_high),
+      None,
     )
 
   def levels(self, steps: int) -> Float[np.ndarray, "K"]:
@@ -89,7 +109,8 @@ class Settings:
     else:
       levels = self._own_levels()
     if self.method == "sde":
-      return np.append(np.linspace(1, 0.04, steps), 0.0)
+      last = self.integrator.last_step_size
+      return np.append(np.linspace(1, last, steps), 0.0)
     return levels
 
   def _own_levels(self) -> Float[np.ndarray, "K"]:
@@ -144,7 +165,7 @@ def draw_scale(
   kicks: solvers.Noise,
   levels: Float[np.ndarray, "K"],
   guidance: guidance_lib.Guidance,
-  method: str = "ode",
+  integrator: Integrator,
 ) -> Float[Array, "B n P"]:
   """Integrates one scale from noise to data.
 
@@ -154,42 +175,28 @@ def draw_scale(
     z: conditions of the scale's tokens: B rows, or 2B with the unconditional
       ones second.
     noise: standard normal tokens to start from.
-    kicks: the standard normal draw of step i; used by "sde" alone.
+    kicks: the standard normal draw of step i of an SDE.
     levels: noise levels tau from 1 down to 0, float64.
     guidance: of this scale.
-    method: a name in `METHODS`.
+    integrator: of one evaluation a step.
   """
   batch = noise.shape[0]
   # The head counts noise levels in integers: a table, since 1 - t would round.
   integers = integer_levels(jnp.asarray(levels, jnp.float32))
-
-  def call(x, step, context):
-    level = jnp.full((x.shape[0], 1), integers[step])
-    return -head(x, level, context, (side,))
-
-  def pair(x, t, step):
-    both = call(jnp.concatenate([x, x]), step, context)
-    return both[:batch], both[batch:], step + 1
-
-  def single(x, t, step):
-    return call(x, step, first), step + 1
-
   times = 1 - levels
-  velocities = guidance_lib.guide(pair, single, guidance, times[:-1])
-  if all(velocity is single for velocity in velocities):
+  if not guidance.inside(times[:-1]).any():
     z = z[:batch]
   context = head.context(z, (side,))
-  first = context.rows(batch)
-  times = jnp.asarray(times, jnp.float32)
-  if method == "ode":
-    return solvers.ode(velocities, noise, jnp.int32(0), times)[0]
-  return solvers.sde(
-    velocities,
-    noise,
-    jnp.int32(0),
-    times[:-1],
-    kicks,
-    last_step_size=float(levels[-2]),
+  contexts = {rows: context.rows(rows) for rows in (batch, len(z))}
+
+  def velocity(x, t, step):
+    rows = x.shape[0]
+    level = jnp.full((rows, 1), integers[step])
+    return -head(x, level, contexts[rows], (side,)), step + 1
+
+  velocities = guidance_lib.guide(velocity, guidance, times[:-1])
+  return integrator(
+    velocities, noise, jnp.int32(0), times, kicks, paths.LINEAR
   )[0]
 
 
@@ -239,8 +246,7 @@ def draw_scales(
   pyramid, last = config.pyramid, len(config.scales) - 1
   rows = labels
   if settings.guidance != 1:
-    null = jnp.full_like(labels, config.num_classes)
-    rows = jnp.concatenate([labels, null])
+    rows = guidance_lib.with_null(labels, config.num_classes)
   drawn, cache = [], None
   for index, side in enumerate(config.scales):
     inputs = []
@@ -256,7 +262,7 @@ def draw_scales(
       lambda i, index=index: noise(index, i + 1),
       settings.levels(settings.steps_of(index, last + 1)),
       settings.classifier_free(index / last if last else 1.0),
-      settings.method,
+      settings.integrator,
     )
     drawn.append(pyramid.image(x))
   return drawn

@@ -8,8 +8,9 @@ import pytest
 from arflow_jax import branches
 from arflow_jax.arflow import sampler
 from arflow_jax.errors import ConfigError
-from arflow_jax.flow import solvers
+from arflow_jax.flow import paths, solvers
 from arflow_jax.flow.guidance import Guidance
+from arflow_jax.flow.integrate import Integrator
 from configs.arflow import get_config
 from tests.arflow.helpers import (
   golden_network,
@@ -25,9 +26,17 @@ from tests.conftest import (
 from tests.flow.published import sampling_times, solver_settings
 
 
+def _settings(**changes):
+  """The published settings without guidance, some of them changed."""
+  sample = get_config("imagenet256-xl2").sample
+  sample.update({"guidance": 1.0} | changes)
+  return sampler.Settings.from_config(sample)
+
+
 def _chain(model, z, labels, noise, guidance, times, **kwargs):
   """Runs the published chain; returns the final sample and every call."""
-  velocities, state = sampler.guided_velocity(model, labels, guidance, times)
+  starts = times[:-1] if kwargs["last_step"] == "none" else times
+  velocities, state = sampler.guided_velocity(model, labels, guidance, starts)
   calls = []
 
   def record(velocity):
@@ -65,8 +74,13 @@ def test_golden_sample(attention):
     z,
     jnp.array([3, 7]),
     noise,
-    Guidance(1.5, channels=3),
+    Guidance(1.5, (0.0, 1.0), 3),
     np.linspace(0, 0.96, 10, dtype=np.float32),
+    method="euler",
+    path=paths.LINEAR,
+    diffusion="sigma",
+    diffusion_norm=1.0,
+    last_step="mean",
     last_step_size=0.04,
   )
   assert len(calls) == 10
@@ -99,9 +113,8 @@ def test_sde_sample(path, load_parity):
     settings = solver_settings(run)
     times = sampling_times(run, settings)
     outputs = z[f"out/{name}/model_output"]
-    guidance = Guidance()
-    if run["cfg_scale"]:
-      guidance = Guidance(run["cfg_scale"], channels=_guided_channels(outputs))
+    channels = _guided_channels(outputs) if run["cfg_scale"] else None
+    guidance = Guidance(run["cfg_scale"] or 1.0, (0.0, 1.0), channels)
     final, calls = _chain(
       model,
       z["in/z"],
@@ -140,7 +153,7 @@ def test_published_defaults_make_250_calls_ending_at_one(monkeypatch):
     return x, carry
 
   monkeypatch.setattr(solvers, "sde", record)
-  sampler.sample(_model(), KEYS, LABELS, sampler.Settings())
+  sampler.sample(_model(), KEYS, LABELS, _settings())
   calls, grid, kwargs = seen[0]
   assert calls == len(grid) == 250
   np.testing.assert_allclose(
@@ -152,7 +165,7 @@ def test_published_defaults_make_250_calls_ending_at_one(monkeypatch):
 
 @pytest.mark.parametrize("method", ["sde", "sde-heun", "ode", "ode-rk4"])
 def test_an_image_depends_on_its_key_and_label_only(method):
-  settings = sampler.Settings(method=method, num_steps=4, guidance=2.0)
+  settings = _settings(method=method, num_steps=4, guidance=2.0)
   draw = jax.jit(lambda k, y: sampler.sample(_model(), k, y, settings))
   together = draw(KEYS, LABELS)
   alone = draw(KEYS[1:], LABELS[1:])
@@ -166,19 +179,19 @@ def _draw(settings):
 
 
 def test_guidance_one_is_no_guidance():
-  plain = sampler.Settings(num_steps=3)
-  almost = sampler.Settings(num_steps=3, guidance=1.0 + 1e-6)
+  plain = _settings(num_steps=3)
+  almost = _settings(num_steps=3, guidance=1.0 + 1e-6)
   a = _draw(plain)
   b = _draw(almost)
   np.testing.assert_allclose(a, b, atol=1e-3)
-  strong = sampler.Settings(num_steps=3, guidance=4.0)
+  strong = _settings(num_steps=3, guidance=4.0)
   c = _draw(strong)
   assert np.abs(a - c).max() > 0.1
 
 
 def test_guidance_outside_every_time_is_no_guidance():
-  plain = sampler.Settings(num_steps=4)
-  never = sampler.Settings(
+  plain = _settings(num_steps=4)
+  never = _settings(
     num_steps=4, guidance=4.0, guidance_low=0.97, guidance_high=0.99
   )
   a = _draw(plain)
@@ -190,57 +203,36 @@ def test_guidance_outside_every_time_is_no_guidance():
   ("change", "named"),
   [
     ({"method": "heun"}, "sample.method='heun'"),
-    ({"method": "ode-dopri5"}, "sample.method='ode-dopri5'"),
     ({"num_steps": 1}, "sample.num_steps=1"),
-    ({"method": "sde-heun", "last_step": "none"}, "sample.last_step='none'"),
-    ({"last_step_size": 0.0}, "sample.last_step_size=0.0"),
-    ({"diffusion_norm": 0.0}, "sample.diffusion_norm=0.0"),
-    ({"diffusion": "sgma"}, "diffusion='sgma'"),
-    ({"last_step": "nothing"}, "last_step='nothing'"),
-    ({"guidance": -1.0}, "guidance=-1.0"),
-    ({"guidance_low": 0.9, "guidance_high": 0.1}, "guidance interval"),
-    ({"guidance_channels": 0}, "guidance_channels=0"),
+    ({"guidance": -1.0}, "sample.guidance=-1.0"),
+    ({"guidance_low": 0.9, "guidance_high": 0.1}, "sample.guidance_low=0.9"),
+    ({"guidance_channels": 0}, "sample.guidance_channels=0"),
   ],
 )
 def test_bad_settings_are_refused_by_name(change, named):
   with pytest.raises(ConfigError, match=named):
-    sampler.Settings(**change)
+    _settings(**change)
 
 
-@pytest.mark.parametrize("method", sampler.METHODS)
-def test_every_setting_reaches_the_solver(method, monkeypatch):
-  seen = {}
-
-  def ode(velocity, x, carry, grid, method):
-    seen.update(method=method, times=(float(grid[0]), float(grid[-1])))
-    return x, carry
-
-  def sde(velocity, x, carry, grid, noise, **kwargs):
-    seen.update(kwargs, times=(float(grid[0]), float(grid[-1])))
-    return x, carry
-
-  monkeypatch.setattr(solvers, "ode", ode)
-  monkeypatch.setattr(solvers, "sde", sde)
-  settings = sampler.Settings(
-    method=method,
+def test_every_key_of_the_config_has_its_place():
+  integrator = {
+    "method": "ode-rk4",
+    "diffusion": "sbdm",
+    "diffusion_norm": 0.7,
+    "last_step": "tweedie",
+    "last_step_size": 0.125,
+  }
+  settings = _settings(
     num_steps=3,
-    diffusion="sbdm",
-    diffusion_norm=0.7,
-    last_step="tweedie",
-    last_step_size=0.125,
+    guidance=2.0,
+    guidance_low=0.1,
+    guidance_high=0.9,
+    guidance_channels=1,
+    **integrator,
   )
-  sampler.sample(_model(), KEYS, LABELS, settings)
-  equation, _, solver = method.partition("-")
-  wanted = {"method": solver or "euler", "times": (0.0, 1.0)}
-  if equation == "sde":
-    wanted |= {
-      "diffusion": "sbdm",
-      "diffusion_norm": 0.7,
-      "last_step": "tweedie",
-      "last_step_size": 0.125,
-      "times": (pytest.approx(1e-3), 0.875),
-    }
-  assert seen == wanted
+  assert settings == sampler.Settings(
+    3, Integrator(**integrator), Guidance(2.0, (0.1, 0.9), 1)
+  )
 
 
 def test_more_guided_channels_than_there_are_is_refused():

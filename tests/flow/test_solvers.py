@@ -18,6 +18,15 @@ from tests.conftest import (
 )
 from tests.flow.published import sampling_times, solver_settings, velocity_of
 
+# The published settings of ARFlow.
+SDE = {
+  "method": "euler",
+  "path": paths.LINEAR,
+  "diffusion": "sigma",
+  "diffusion_norm": 1.0,
+  "last_step": "mean",
+  "last_step_size": 0.04,
+}
 STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 
 
@@ -118,7 +127,7 @@ def test_euler_reaches_a_point_mass_exactly(steps):
   x = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
   mu = jnp.full_like(x, 0.7)
   times = jnp.linspace(0.0, 1.0, steps + 1)
-  end, calls = solvers.ode(_point_mass(mu), x, jnp.int32(0), times)
+  end, calls = solvers.ode(_point_mass(mu), x, jnp.int32(0), times, "euler")
   np.testing.assert_allclose(end, mu, atol=1e-6)
   assert calls == steps  # the carry went through every call
 
@@ -181,7 +190,7 @@ def test_each_noise_level_enters_the_memory_once_in_an_sde(method):
   start = (jnp.int32(0), jnp.full(8, -1.0))
   x = jnp.ones((1, 1, 1, 1))
   _, (count, seen) = solvers.sde(
-    _memory, x, start, times, lambda i: 0 * x, method=method
+    _memory, x, start, times, lambda i: 0 * x, **SDE | {"method": method}
   )
   assert count == 5  # the last step's level too
   np.testing.assert_allclose(seen[:5], times)
@@ -205,13 +214,18 @@ def test_a_velocity_for_each_step():
   slow = lambda x, t, carry: (jnp.ones_like(x), carry + 1)
   fast = lambda x, t, carry: (10 * jnp.ones_like(x), carry + 100)
   times = jnp.linspace(0.0, 1.0, 5)
-  end, carry = solvers.ode([slow, fast, fast, slow], x, 0, times)
+  end, carry = solvers.ode([slow, fast, fast, slow], x, 0, times, "euler")
   np.testing.assert_allclose(end, 5.5)
   assert carry == 202
-  with pytest.raises(ValueError, match="2 velocities for 4 calls"):
-    solvers.ode([slow, fast], x, 0, times)
-  with pytest.raises(ValueError, match="2 velocities for 5 calls"):
-    solvers.sde([slow, fast], x, 0, times, lambda i: x)
+  with pytest.raises(ValueError, match="2 velocities for 4 steps"):
+    solvers.ode([slow, fast], x, 0, times, "euler")
+  for last, steps in (("mean", 5), ("none", 4)):
+    settings = SDE | {"last_step": last}
+    still, grid = lambda i: x, times[:5] * 0.96
+    _, carry = solvers.sde([slow] * steps, x, 0, grid, still, **settings)
+    assert carry == steps
+    with pytest.raises(ValueError, match=f"6 velocities for {steps} steps"):
+      solvers.sde([slow] * 6, x, 0, grid, still, **settings)
 
 
 def _gaussian(path, mean, std):
@@ -252,6 +266,7 @@ def test_every_diffusion_keeps_the_marginals(name, form):
       diffusion=form,
       diffusion_norm=0.7,
       last_step="none",
+      last_step_size=0.04,
     )[0]
   )
   end = run(x)
@@ -272,13 +287,12 @@ def test_adaptive_ode_carries_a_gaussian_to_its_own(name):
   exact = path.alpha(high) * 0.8 + std(high) / std(low) * (
     x - path.alpha(low) * 0.8
   )
-  end = jax.jit(lambda x: solvers.adaptive_ode(velocity, x, times, rtol=1e-5))(
-    x
+  solve = functools.partial(
+    solvers.adaptive_ode, velocity, rtol=1e-5, atol=1e-6
   )
+  end = jax.jit(lambda x: solve(x, times))(x)
   np.testing.assert_allclose(end, exact, atol=1e-3)
-  back = jax.jit(
-    lambda x: solvers.adaptive_ode(velocity, x, times[::-1], rtol=1e-5)
-  )(end)
+  back = jax.jit(lambda x: solve(x, times[::-1]))(end)
   np.testing.assert_allclose(back, x, atol=3e-3)
 
 
@@ -292,9 +306,9 @@ def test_linear_sigma_drift_is_the_published_closed_form():
   x = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
   grid = jnp.linspace(0.0, 0.9, 4)
   with jax.disable_jit():
-    final, _ = solvers.sde(
-      velocity, x, None, grid, lambda i: jnp.zeros_like(x), last_step_size=0.1
-    )
+    still = lambda i: jnp.zeros_like(x)
+    settings = SDE | {"last_step_size": 0.1}
+    final, _ = solvers.sde(velocity, x, None, grid, still, **settings)
   for (a, t), (b, _) in itertools.pairwise(seen):
     v = 0.3 * a + t
     np.testing.assert_allclose(b, a + 0.3 * ((1 + t) * v - a), atol=1e-5)
@@ -309,7 +323,7 @@ def test_last_steps_and_their_calls():
   velocity = lambda x, t, calls: (0.3 * x + t, calls + 1)
   times = jnp.linspace(0.0, 0.96, 7)
   run = lambda last: solvers.sde(
-    velocity, x, 0, times, lambda i: 0.1 * x, last_step=last
+    velocity, x, 0, times, lambda i: 0.1 * x, **SDE | {"last_step": last}
   )
   ends = {last: run(last) for last in solvers.LAST_STEPS}
   assert {last: int(calls) for last, (_, calls) in ends.items()} == {
@@ -328,25 +342,28 @@ def test_last_steps_and_their_calls():
 
 
 def test_unknown_names_are_refused():
-  with pytest.raises(ConfigError, match="diffusion='none'"):
-    solvers.check("none", "mean")
-  with pytest.raises(ConfigError, match="last_step='tweedy'"):
-    solvers.check("sigma", "tweedy")
   x, times = jnp.ones((1, 1, 1, 1)), jnp.linspace(0.0, 1.0, 3)
   still = lambda x, t, carry: (0 * x, carry)
   with pytest.raises(ConfigError, match="method='rk45'"):
     solvers.ode(still, x, None, times, "rk45")
   with pytest.raises(ValueError, match="two times, got 1"):
-    solvers.sde(still, x, None, times[:1], lambda i: x)
-  with pytest.raises(ConfigError, match="method='rk4'"):
-    solvers.sde(still, x, None, times, lambda i: x, method="rk4")
+    solvers.sde(still, x, None, times[:1], lambda i: x, **SDE)
+  for key, name in (
+    ("method", "rk4"),
+    ("diffusion", "none"),
+    ("last_step", "tweedy"),
+  ):
+    with pytest.raises(ConfigError, match=f"{key}='{name}'"):
+      solvers.sde(still, x, None, times, lambda i: x, **SDE | {key: name})
 
 
 def test_an_adaptive_ode_that_never_ends_says_so():
   x = jnp.ones((1, 1, 1, 1))
   wild = lambda x, t, carry: (x * jnp.cos(1e4 * t), carry)
   with pytest.raises(RuntimeError, match="maximum number of solver steps"):
-    solvers.adaptive_ode(wild, x, jnp.array([0.0, 1.0]), max_steps=16)
+    solvers.adaptive_ode(
+      wild, x, jnp.array([0.0, 1.0]), rtol=1e-3, atol=1e-6, max_steps=16
+    )
 
 
 @pytest.mark.parametrize("method", solvers.SDE_METHODS)
@@ -367,9 +384,12 @@ def test_every_form_is_finite_over_its_own_interval(name, last, method):
         None,
         jnp.linspace(low, high, 3),
         lambda i: x,
-        method=method,
-        path=path,
-        diffusion=form,
-        last_step=last,
+        **SDE
+        | {
+          "method": method,
+          "path": path,
+          "diffusion": form,
+          "last_step": last,
+        },
       )
     assert np.isfinite(end).all(), form

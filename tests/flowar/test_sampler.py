@@ -44,6 +44,13 @@ GOLDEN = {
 }
 
 
+def _settings(**changes):
+  """Those published for the L network, some of them changed."""
+  sample = get_config("imagenet256-l").sample
+  sample.update(changes)
+  return sampler.Settings.from_config(sample)
+
+
 def _draw(network, labels, noise, settings):
   """The scale loop with given noise: each scale's image and condition."""
   batch, real = len(labels), FlowAR.conditions
@@ -79,6 +86,7 @@ def _compiled(head, side, settings, share):
       lambda i: noise,
       settings.levels(settings.num_steps),
       settings.classifier_free(share),
+      settings.integrator,
     )
   )
 
@@ -94,7 +102,7 @@ def test_golden_sample(cross):
   noise = [
     jnp.asarray(rs.standard_normal((4, s * s, 16)), jnp.float32) for s in SCALES
   ]
-  settings = sampler.Settings(guidance=2.4, guidance_low=0.1)
+  settings = _settings(guidance=2.4, guidance_low=0.1)
   drawn, _ = _draw(network, jnp.array([3, 7]), noise, settings)
   first, last, std = GOLDEN[cross]
   final = channels_first(drawn[-1])
@@ -111,7 +119,7 @@ def test_published_samples(path, load_parity):
   )
   for run in z.cases():
     name = run["name"]
-    settings = sampler.Settings(
+    settings = _settings(
       num_steps=run["num_steps"],
       guidance=run["cfg"],
       guidance_low=round(1 - run["guidance"], 6),
@@ -152,7 +160,7 @@ def test_published_head_samplers(path, load_parity):
     for run in network["runs"]:
       method = {"euler": "ode", "euler_maruyama": "sde"}[run["kind"]]
       kind = {"ode": "euler", "sde": "em"}[method] + f"_{run['index']}"
-      settings = sampler.Settings(method=method)
+      settings = _settings(method=method)
       guided = run["cfg_scale"] > 1  # below, the published sampler does not
       draw = functools.partial(
         sampler.draw_scale,
@@ -162,8 +170,9 @@ def test_published_head_samplers(path, load_parity):
         guidance=Guidance(
           run["cfg_scale"] if guided else 1.0,
           (round(1 - run["guidance_high"], 6), 1.0),
+          None,
         ),
-        method=method,
+        integrator=settings.integrator,
       )
       # Without guidance both halves are samples of their own.
       for half in range(1 if guided else 2):
@@ -182,16 +191,16 @@ def test_published_head_samplers(path, load_parity):
 
 def test_published_grids():
   """Steps of 25 make 24 with a jump from 0.3 to 0.25; 50 are even."""
-  settings = sampler.Settings()
+  settings = _settings()
   grid = settings.levels(25)
   assert len(grid) == 25
   np.testing.assert_allclose(grid[[0, 11, 12, 24]], [1, 0.3, 0.25, 0])
   np.testing.assert_allclose(settings.levels(50), np.linspace(1, 0, 51))
-  uniform = sampler.Settings(grid="uniform").levels(50)
+  uniform = _settings(grid="uniform").levels(50)
   np.testing.assert_array_equal(uniform, settings.levels(50))
-  own = sampler.Settings(grid="1,0.6,0.25,0")
+  own = _settings(grid="1,0.6,0.25,0")
   np.testing.assert_array_equal(own.levels(25), [1, 0.6, 0.25, 0])
-  em = sampler.Settings(method="sde").levels(8)
+  em = _settings(method="sde").levels(8)
   assert len(em) == 9
   np.testing.assert_allclose(em[-2:], [0.04, 0])
 
@@ -257,7 +266,7 @@ def test_a_single_scale_is_the_last_one():
 
 
 def test_guidance_rises_over_the_scales():
-  settings = sampler.Settings(guidance=2.4)
+  settings = _settings(guidance=2.4)
   found = [settings.classifier_free(k / 4).scale for k in range(5)]
   np.testing.assert_allclose(found, [1, 1.35, 1.7, 2.05, 2.4])
 
@@ -302,6 +311,7 @@ def test_no_head_call_is_wasted(cross):
       lambda i: noise,
       settings.levels(10),
       settings.classifier_free(0.0),
+      settings.integrator,
     )
     return flops.count(draw, params, z, noise)
 
@@ -320,13 +330,13 @@ def test_no_head_call_is_wasted(cross):
     ({"grid": "1,0.5,0", "method": "sde"}, "leaves no room"),
     ({"grid": "1,0.5,0", "scale_steps": (4, 4, 4, 4)}, "leaves no room"),
     ({"num_steps": 1}, "sample.num_steps=1"),
-    ({"guidance": float("inf")}, "guidance=inf"),
+    ({"guidance": float("inf")}, "sample.guidance=inf"),
     ({"scale_steps": (4, 4, 1, 4)}, "sample.scale_steps=1"),
     ({"scale_steps": (4, 4)}, r"sample.scale_steps=\(4, 4\) must name 4"),
-    ({"guidance": -1.0}, "guidance=-1.0"),
-    ({"guidance_low": -0.1}, "guidance interval"),
-    ({"guidance_high": 1.5}, "guidance interval"),
-    ({"guidance_low": 0.9, "guidance_high": 0.1}, "guidance interval"),
+    ({"guidance": -1.0}, "sample.guidance=-1.0"),
+    ({"guidance_low": -0.1}, "sample.guidance_low=-0.1"),
+    ({"guidance_high": 1.5}, "sample.guidance_high=1.5"),
+    ({"guidance_low": 0.9, "guidance_high": 0.1}, "sample.guidance_low=0.9"),
   ],
 )
 def test_bad_settings_are_refused_by_name(change, named):
