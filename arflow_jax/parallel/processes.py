@@ -58,6 +58,11 @@ def agree(flag: bool) -> bool:
   return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def meet() -> None:
+  """Waits until all processes have come this far."""
+  agree(False)
+
+
 def rows(sharding: Sharding, count: int) -> Int[np.ndarray, "n"]:
   """Rows of a leading axis that this process's own devices hold, ascending.
 

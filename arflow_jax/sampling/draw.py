@@ -77,7 +77,7 @@ def sample_to_file(
       indices, _, rows = block.local()
       shards.add(indices, rows)
       bar.update(len(block.indices))
-  processes.agree(False)  # every process has written its rows
+  processes.meet()  # every process has written its rows
   if processes.speaks():
     drawn = shards.images()
     writers.write(

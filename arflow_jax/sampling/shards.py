@@ -49,13 +49,13 @@ class Shards:
     self.folder, self._count = folder, count
     manifest = json.loads(json.dumps(manifest))
     fresh = self._is_new(manifest, replace)
-    processes.agree(False)  # no process writes before all have looked
+    processes.meet()  # no process writes before all have looked
     if fresh and processes.speaks():
       if folder.exists():
         folder.rmtree()
       folder.mkdir(parents=True)
       _write(folder / _MANIFEST, json.dumps(manifest).encode())
-    processes.agree(False)
+    processes.meet()
 
   def _is_new(self, manifest: dict[str, Any], replace: bool) -> bool:
     path = self.folder / _MANIFEST
@@ -99,7 +99,7 @@ class Shards:
         there[_read(path, "indices")] = True
       except _DAMAGE:
         damaged.append(path)
-    processes.agree(False)  # no process draws before all have looked
+    processes.meet()  # no process draws before all have looked
     if processes.speaks():
       for path in damaged:
         path.unlink()
