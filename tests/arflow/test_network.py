@@ -78,7 +78,7 @@ ATTENTIONS = pytest.mark.parametrize(
 
 
 @ATTENTIONS
-@pytest.mark.parametrize("path", parity_files("arflow_train_forward_*"))
+@pytest.mark.parametrize("path", parity_files("arflow_train_forward*"))
 def test_train_forward_and_gradients(path, load_parity, attention):
   z = load_parity(path)
   model, _ = published_network(z.params())
@@ -111,7 +111,7 @@ def test_train_forward_and_gradients(path, load_parity, attention):
     assert relative_error(np.linalg.norm(ours[name]), wanted) < 1e-4, name
 
 
-@pytest.mark.parametrize("path", parity_files("arflow_train_forward_*"))
+@pytest.mark.parametrize("path", parity_files("arflow_train_forward*"))
 def test_sublayers(path, load_parity):
   z = load_parity(path)
   model, config = published_network(z.params())
@@ -142,7 +142,7 @@ def test_sublayers(path, load_parity):
 
 
 @ATTENTIONS
-@pytest.mark.parametrize("path", parity_files("arflow_recurrent_*"))
+@pytest.mark.parametrize("path", parity_files("arflow_recurrent*"))
 def test_recurrent(path, load_parity, attention):
   z = load_parity(path)
   model, config = published_network(z.params())

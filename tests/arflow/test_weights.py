@@ -23,7 +23,7 @@ def _state_dict():
 
 
 @pytest.mark.parametrize(
-  "path", parity_files("arflow_[rs]*") + parity_files("arflow_train_*")
+  "path", parity_files("arflow_[rs]*") + parity_files("arflow_train*")
 )
 def test_a_published_state_dict_comes_back_exactly(path, load_parity):
   z = load_parity(path)

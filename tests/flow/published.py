@@ -18,9 +18,9 @@ def solver_settings(run):
     "method": run["sampling_method"].lower(),
     "path": path_of(run),
     "diffusion": diffusion,
-    "diffusion_norm": run["diffusion_norm"],
+    "diffusion_norm": float(run["diffusion_norm"]),
     "last_step": (run["last_step"] or "none").lower(),
-    "last_step_size": run["last_step_size"],
+    "last_step_size": float(run["last_step_size"]),
   }
 
 

@@ -37,7 +37,7 @@ def test_published_likelihoods(path, load_parity):
   for run in z.cases("likelihood_runs"):
     name, method = run["name"], run["sampling_method"]
     low, high = intervals.sampling(
-      path_of(run), eps=1 - run["t1"], reverse=True
+      path_of(run), eps=1.0 - run["t1"], reverse=True
     )
     assert (1 - low, 1 - high) == pytest.approx((run["t0"], run["t1"]))
     times = jnp.linspace(low, high, run["num_steps"])
