@@ -1,5 +1,7 @@
 """Sampling with a carried memory, against golden and reference values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,9 +41,13 @@ def _chain(model, z, labels, noise, guidance, times, **kwargs):
   velocities, state = sampler.guided_velocity(model, labels, guidance, starts)
   calls = []
 
+  @functools.cache  # the velocities of a run are one or two objects
   def record(velocity):
+    compiled = jax.jit(velocity)
+
     def recorded(x, t, state):
-      v, state = velocity(x, t, state)
+      with jax.disable_jit(False):
+        v, state = compiled(x, t, state)
       calls.append((np.asarray(x), float(t), np.asarray(v)))
       return v, state
 
@@ -114,7 +120,7 @@ def test_sde_sample(path, load_parity):
     times = sampling_times(run, settings)
     outputs = z[f"out/{name}/model_output"]
     channels = _guided_channels(outputs) if run["cfg_scale"] else None
-    guidance = Guidance(run["cfg_scale"] or 1.0, (0.0, 1.0), channels)
+    guidance = Guidance(float(run["cfg_scale"] or 1), (0.0, 1.0), channels)
     final, calls = _chain(
       model,
       z["in/z"],

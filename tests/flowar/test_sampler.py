@@ -51,44 +51,45 @@ def _settings(**changes):
   return sampler.Settings.from_config(sample)
 
 
-def _draw(network, labels, noise, settings):
-  """The scale loop with given noise: each scale's image and condition."""
-  batch, real = len(labels), FlowAR.conditions
-
-  @jax.jit
-  def run():
-    seen = []
-
-    def conditions(*args, **kwargs):
-      z, cache = real(*args, **kwargs)
-      seen.append(z)
-      return z, cache
-
-    with mock.patch.object(FlowAR, "conditions", conditions):
-      given = lambda index, i: noise[index][:batch]
-      return sampler.draw_scales(network, labels, settings, given), seen
-
-  return run()
-
-
-def _scale(head, side, z, noise, settings, share):
-  return _compiled(head, side, settings, share)(z, noise)
+CONDITIONS, DRAW_SCALE = FlowAR.conditions, sampler.draw_scale
 
 
 @functools.cache
-def _compiled(head, side, settings, share):
-  return jax.jit(
-    lambda z, noise: sampler.draw_scale(
-      head,
-      side,
-      z,
-      noise,
-      lambda i: noise,
-      settings.levels(settings.num_steps),
-      settings.classifier_free(share),
-      settings.integrator,
-    )
-  )
+def _conditions(network, first):
+  return jax.jit(functools.partial(CONDITIONS, network, first=first))
+
+
+@functools.cache
+def _scale(head, side, levels, guidance, integrator):
+  def draw(z, noise):
+    rest = (np.array(levels), guidance, integrator)
+    return DRAW_SCALE(head, side, z, noise, lambda i: noise, *rest)
+
+  return jax.jit(draw)
+
+
+def _draw(network, labels, noise, settings):
+  """The scale loop with given noise: each scale's image and condition.
+
+  Its parts are compiled one by one, so that several runs share them.
+  """
+  batch, seen = len(labels), []
+
+  def conditions(network, labels, inputs, cache, *, first):
+    z, cache = _conditions(network, first)(labels, inputs, cache)
+    seen.append(z)
+    return z, cache
+
+  def draw_scale(head, side, z, noise, kicks, levels, guidance, integrator):
+    compiled = _scale(head, side, tuple(levels), guidance, integrator)
+    return compiled(z, noise)
+
+  with (
+    mock.patch.object(FlowAR, "conditions", conditions),
+    mock.patch.object(sampler, "draw_scale", draw_scale),
+  ):
+    given = lambda index, i: noise[index][:batch]
+    return sampler.draw_scales(network, labels, settings, given), seen
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -121,7 +122,7 @@ def test_published_samples(path, load_parity):
     name = run["name"]
     settings = _settings(
       num_steps=run["num_steps"],
-      guidance=run["cfg"],
+      guidance=float(run["cfg"]),
       guidance_low=round(1 - run["guidance"], 6),
     )
     levels = settings.levels(run["num_steps"])
@@ -141,11 +142,12 @@ def test_published_samples(path, load_parity):
       tokens = config.pyramid.tokens(drawn[i])
       assert relative_error(tokens, wanted) < 5e-4, (name, s)
       share = i / max(len(config.scales) - 1, 1)
-      scaled = settings.classifier_free(share).scale
-      assert scaled == pytest.approx(run["scaled_cfg"][i])
-      alone = _scale(
-        network.head, s, wanted_z, noise[i][:batch], settings, share
+      guidance = settings.classifier_free(share)
+      assert guidance.scale == pytest.approx(run["scaled_cfg"][i])
+      compiled = _scale(
+        network.head, s, tuple(levels), guidance, settings.integrator
       )
+      alone = compiled(wanted_z, noise[i][:batch])
       assert relative_error(alone, wanted) < 5e-5, (name, s)
 
 
@@ -168,7 +170,7 @@ def test_published_head_samplers(path, load_parity):
         network["grid"],
         levels=settings.levels(run["num_steps"]),
         guidance=Guidance(
-          run["cfg_scale"] if guided else 1.0,
+          float(run["cfg_scale"]) if guided else 1.0,
           (round(1 - run["guidance_high"], 6), 1.0),
           None,
         ),
