@@ -36,16 +36,15 @@ def _wanted(entry):
   D2: a cut-off that the user gave is dropped for velocity. D3: the sbdm
   diffusion, infinite at 0, starts at 0.
   """
-  published = entry["t0"], entry["t1"]
+  low, high = entry["t0"], entry["t1"]
   if entry["path"] == "VP" or entry["prediction"] != "velocity":
-    return published
+    return low, high
   given = entry["sample_eps_given" if entry.get("eval") else "train_eps_given"]
-  sbdm = _form(entry) == "sbdm"
-  if given is None and not sbdm:
-    return published
-  low = max(given or 0.0, 1e-3 if sbdm else 0.0)
-  high = 1 - (entry.get("last_step_size") or given or 0.0)
-  return (1 - low, 1 - high) if entry.get("reverse") else (low, high)
+  if given is not None:
+    low, high = given, 1 - (entry.get("last_step_size") or given)
+    if entry.get("reverse"):
+      low, high = 1 - low, 1 - high
+  return (max(low, 1e-3) if _form(entry) == "sbdm" else low), high
 
 
 @pytest.mark.parametrize("path", parity_files("transport_losses*"))
