@@ -143,6 +143,7 @@ def test_sde_sample(path, load_parity):
     assert relative_error(channels_first(final), z[f"out/{name}/final"]) < limit
 
 
+@functools.cache
 def _model():
   return golden_network(np.random.RandomState(0))
 
@@ -152,57 +153,55 @@ LABELS = jnp.array([1, 4])
 
 
 def test_published_defaults_make_250_calls_ending_at_one(monkeypatch):
-  seen = []
-
-  def record(velocity, x, carry, grid, noise, **kwargs):
-    seen.append((len(velocity), np.asarray(grid), kwargs))
+  def sde(velocity, x, carry, grid, noise, **kwargs):
+    assert len(velocity) == len(grid) == 250
+    np.testing.assert_allclose(
+      grid[jnp.array([0, 1, 249])], [0, 0.00385542, 0.96], rtol=1e-5
+    )
+    assert kwargs["last_step_size"] == 0.04
+    assert kwargs["diffusion"] == "sigma"
+    draws = np.stack([x, noise(0), noise(1)])
+    assert len(np.unique(draws)) == draws.size  # no draw is used twice
     return x, carry
 
-  monkeypatch.setattr(solvers, "sde", record)
+  monkeypatch.setattr(solvers, "sde", sde)
   sampler.sample(_model(), KEYS, LABELS, _settings())
-  calls, grid, kwargs = seen[0]
-  assert calls == len(grid) == 250
-  np.testing.assert_allclose(
-    grid[[0, 1, 249]], [0, 0.00385542, 0.96], rtol=1e-5
-  )
-  assert kwargs["last_step_size"] == 0.04
-  assert kwargs["diffusion"] == "sigma"
+
+
+@functools.cache
+def _program(**changes):
+  settings = _settings(num_steps=3, **changes)
+  return jax.jit(lambda k, y: sampler.sample(_model(), k, y, settings))
+
+
+def _draw(keys=KEYS, labels=LABELS, **changes):
+  return _program(**changes)(keys, labels)
 
 
 @pytest.mark.parametrize("method", ["sde", "sde-heun", "ode", "ode-rk4"])
 def test_an_image_depends_on_its_key_and_label_only(method):
-  settings = _settings(method=method, num_steps=4, guidance=2.0)
-  draw = jax.jit(lambda k, y: sampler.sample(_model(), k, y, settings))
-  together = draw(KEYS, LABELS)
-  alone = draw(KEYS[1:], LABELS[1:])
-  np.testing.assert_allclose(together[1:], alone, atol=1e-4)
-  assert not np.allclose(together[0], together[1])
-
-
-def _draw(settings):
-  run = jax.jit(lambda k, y: sampler.sample(_model(), k, y, settings))
-  return run(KEYS, LABELS)
+  settings = {"method": method, "guidance": 4.0}
+  found = _draw(**settings)
+  others = jax.vmap(jax.random.key)(jnp.array([1, 7]))
+  moved = _draw(others, jnp.array([4, 9]), **settings)
+  np.testing.assert_allclose(found[1], moved[0], atol=1e-4)
+  assert not np.allclose(found[0], moved[1])
+  assert not np.allclose(found, _draw(keys=others, **settings))
+  assert not np.allclose(found, _draw(labels=jnp.array([4, 1]), **settings))
 
 
 def test_guidance_one_is_no_guidance():
-  plain = _settings(num_steps=3)
-  almost = _settings(num_steps=3, guidance=1.0 + 1e-6)
-  a = _draw(plain)
-  b = _draw(almost)
-  np.testing.assert_allclose(a, b, atol=1e-3)
-  strong = _settings(num_steps=3, guidance=4.0)
-  c = _draw(strong)
-  assert np.abs(a - c).max() > 0.1
+  plain = _draw(method="sde", guidance=1.0)
+  almost = _draw(method="sde", guidance=1.0 + 1e-6)
+  np.testing.assert_allclose(plain, almost, atol=1e-3)
+  strong = _draw(method="sde", guidance=4.0)
+  assert np.abs(plain - strong).max() > 0.1
 
 
 def test_guidance_outside_every_time_is_no_guidance():
-  plain = _settings(num_steps=4)
-  never = _settings(
-    num_steps=4, guidance=4.0, guidance_low=0.97, guidance_high=0.99
-  )
-  a = _draw(plain)
-  b = _draw(never)
-  np.testing.assert_allclose(a, b, atol=1e-5)
+  plain = _draw(method="sde", guidance=1.0)
+  never = _draw(guidance=4.0, guidance_low=0.97, guidance_high=0.99)
+  np.testing.assert_allclose(plain, never, atol=1e-5)
 
 
 @pytest.mark.parametrize(
