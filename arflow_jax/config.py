@@ -125,10 +125,10 @@ def complete(stored: dict[str, Any], added: dict[str, Any]) -> ConfigDict:
     *groups, name = key.split(".")
     node = config
     for group in groups:
-      node = node.get(group)
-      if node is None:
-        break
-    if node is not None and name not in node:
+      if group not in node:
+        node[group] = ConfigDict()
+      node = node[group]
+    if name not in node:
       node[name] = value
   return config.lock()
 
@@ -196,6 +196,8 @@ def update(group: ConfigDict, overrides: dict[str, Any], name: str) -> None:
   for key, value in overrides.items():
     if key not in group:
       raise ConfigError(f"{name}.{key} is unknown{nearest(key, list(group))}")
+    if value is None and group[key] is not None:
+      raise ConfigError(f"{name}.{key}=None: it takes a value")
     try:
       group[key] = value
     except TypeError as error:

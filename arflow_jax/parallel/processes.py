@@ -1,4 +1,4 @@
-"""The processes of a job: joining, whose rows are whose, agreement, one voice.
+"""The processes of a job: start-up, rows that each holds, agreement, output.
 
 One process is the case of one of the same code. Nothing else in this package
 asks JAX for a process index or a process count.
@@ -26,20 +26,19 @@ def start() -> None:
     ConfigError: several processes, but not all three variables.
   """
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-  address, count, index = map(os.environ.get, names)
-  if (count or "1") == "1" or jax.distributed.is_initialized():
+  given = {name: os.environ.get(name) for name in names}
+  if given["JAX_NUM_PROCESSES"] == "1" or not any(given.values()):
     return
-  try:
-    numbers = int(count), int(index or "")
-  except ValueError:
-    numbers = None
-  if not address or not numbers:
+  if jax.distributed.is_initialized():
+    return
+  address, count, index = given.values()
+  if not (address and (count or "").isdecimal() and (index or "").isdecimal()):
     raise ConfigError(
-      f"JAX_NUM_PROCESSES={count}, JAX_PROCESS_ID={index} and"
-      f" JAX_COORDINATOR_ADDRESS={address} do not name a job; set all three,"
-      " the last one to HOST:PORT of process 0, or none"
+      ", ".join(f"{name}={value}" for name, value in given.items())
+      + " do not name a job; set all three, the first one to HOST:PORT of"
+      " process 0, or none"
     )
-  jax.distributed.initialize(address, *numbers)
+  jax.distributed.initialize(address, int(count), int(index))
 
 
 def speaks() -> bool:
@@ -74,7 +73,7 @@ def rows(sharding: Sharding, count: int) -> Int[np.ndarray, "n"]:
     count: size of that axis, over all processes.
   """
   held = sharding.addressable_devices_indices_map((count,))
-  return np.unique([np.arange(count)[index] for index in held.values()])
+  return np.unique([np.arange(count)[i] for i in held.values()]).astype(int)
 
 
 def place(sharding: Sharding, local: Any, count: int) -> Any:
@@ -90,7 +89,7 @@ def place(sharding: Sharding, local: Any, count: int) -> Any:
   def array(mine: np.ndarray) -> jax.Array:
     def shard(index):
       start, stop, _ = index[0].indices(count)
-      # The shard's rows follow one another among ours, whatever lies between.
+      # Its rows are consecutive among ours, even where the global ones are not.
       first = int(np.searchsorted(held, start))
       return mine[first : first + stop - start]
 

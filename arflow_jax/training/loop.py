@@ -10,7 +10,7 @@ from arflow_jax import config as config_lib
 from arflow_jax.data import pipeline
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
-from arflow_jax.training import checkpoint, telemetry
+from arflow_jax.training import checkpoint, listing, telemetry
 from arflow_jax.training import program as program_lib
 from arflow_jax.training import stop as stop_lib
 
@@ -34,10 +34,11 @@ def train(config: ConfigDict, workdir: str) -> int:
   """
   processes.start()
   _check(config)
-  if checkpoint.steps(workdir):
-    stored = checkpoint.read_config(workdir)
+  if listing.steps(workdir):
+    stored = listing.read_config(workdir)
     config_lib.check_relaunch(stored, config, workdir)
   program = program_lib.build(config)
+  program.branch.settings(config.sample)  # else found when it draws
   items = pipeline.open_items(config)  # a wrong data.dir fails before the rest
   saver = checkpoint.Checkpoints(workdir, config)
   state = saver.restore(program.abstract_state, program.init)
@@ -53,7 +54,7 @@ def train(config: ConfigDict, workdir: str) -> int:
   state = state or program.init()
   _announce(program)
   images = config.batch_size * config.data.sequence_length
-  metrics = _Metrics(start, workdir)
+  metrics = _Metrics(workdir, listing.steps(workdir))
   batches = pipeline.batches(items, config, start, program.rows)
   with (
     jax.set_mesh(program.mesh),  # kernels split themselves over it
@@ -100,8 +101,8 @@ def _announce(program: program_lib.Program) -> None:
 class _Metrics:
   """Metrics still on the device, fetched together and checked."""
 
-  def __init__(self, start: int, workdir: str):
-    self.last_good = start
+  def __init__(self, workdir: str, steps: list[int]):
+    self.last_good = steps[-1] if steps else None
     self._workdir = workdir
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
@@ -119,7 +120,7 @@ class _Metrics:
       for name, value in metrics.items():
         if not math.isfinite(value):
           kept = f"the last good checkpoint is step {self.last_good}"
-          if not self.last_good:
+          if self.last_good is None:
             kept = "no checkpoint was saved yet"
           raise FloatingPointError(
             f"{name} is {value} at step {step}; {kept} in {self._workdir}."
@@ -142,4 +143,6 @@ def _check(config: ConfigDict) -> None:
     "checkpoint.every",
     "checkpoint.keep",
     "log.every",
+    "sample.block_size",
+    "eval.num_samples",
   )

@@ -27,7 +27,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes):
 
 def test_given_devices_make_the_mesh():
   devices = jax.devices()[:1]
-  mesh = mesh_lib.make_mesh(ConfigDict({"data": 1, "fsdp": -1 + 2}), devices)
+  mesh = mesh_lib.make_mesh(ConfigDict({"data": 1, "fsdp": 1}), devices)
   assert list(mesh.devices.flat) == devices
   with pytest.raises(ConfigError, match="does not make 8 devices"):
     mesh_lib.sizes(ConfigDict({"data": 3, "fsdp": 2}), 8)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -80,12 +81,18 @@ def test_one_process_is_the_case_of_one():
   np.testing.assert_array_equal(data, images)
 
 
-def test_processes_that_cannot_meet_are_refused(monkeypatch):
-  monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-  monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
-  with pytest.raises(
-    ConfigError, match="JAX_COORDINATOR_ADDRESS=None do not name"
-  ):
+@pytest.mark.parametrize(
+  "given",
+  [
+    {"JAX_NUM_PROCESSES": "2"},
+    {"JAX_PROCESS_ID": "1"},
+    {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "two"},
+  ],
+)
+def test_half_a_job_is_refused(monkeypatch, given):
+  for name, value in given.items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(ConfigError, match="do not name a job; set all three"):
     processes.start()
 
 
@@ -94,6 +101,6 @@ def test_nothing_else_asks_jax_for_a_process():
   asking = {
     str(path.relative_to(package))
     for path in package.rglob("*.py")
-    if "jax.process_" in path.read_text()
+    if re.search(r"process_index|process_count|multihost", path.read_text())
   }
   assert asking == {"parallel/processes.py"}

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.sampling import run
-from arflow_jax.training import checkpoint, loop, relayout
+from arflow_jax.training import checkpoint, listing, loop, relayout
 from arflow_jax.training import program as program_lib
 from tests.tiny import stored_state, tiny_config
 
@@ -50,7 +50,7 @@ def test_a_run_can_live_in_a_bucket(bucket):
   assert loop.train(tiny_config(steps=2), workdir) == 2
   assert loop.train(tiny_config(), workdir) == 4
   assert run.restore(workdir).step == 4
-  assert checkpoint.steps(workdir) == [2, 4]
+  assert listing.steps(workdir) == [2, 4]
   there = bucket / "there" / "name" / "run"
   assert {path.name for path in there.iterdir()} >= {
     "checkpoints",
@@ -64,7 +64,7 @@ def test_a_run_can_live_in_a_bucket(bucket):
 
 
 def test_a_bucket_is_never_a_local_folder():
-  folder = checkpoint._folder("gs://name/run")
+  folder = listing.folder("gs://name/run")
   assert str(folder) == "gs://name/run/checkpoints"
 
 
@@ -72,14 +72,14 @@ def test_only_what_orbax_calls_complete_is_a_checkpoint(tmp_path, monkeypatch):
   folder = tmp_path / "checkpoints"
   for name in ("7", "9.orbax-checkpoint-tmp-1", "11", "x"):
     (folder / name).mkdir(parents=True)
-  assert checkpoint.steps(str(tmp_path)) == [7, 11]
+  assert listing.steps(str(tmp_path)) == [7, 11]
   # On object stores a folder has its final name before it is complete.
   from orbax.checkpoint.path import step
 
   monkeypatch.setattr(
     step, "is_path_finalized", lambda path, **_: path.name != "11"
   )
-  assert checkpoint.steps(str(tmp_path)) == [7]
+  assert listing.steps(str(tmp_path)) == [7]
 
 
 @pytest.fixture(scope="module")

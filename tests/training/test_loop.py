@@ -14,9 +14,12 @@ import pytest
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.sampling import run
-from arflow_jax.training import checkpoint, loop
+from arflow_jax.training import checkpoint, listing, loop
 from arflow_jax.training import program as program_lib
 from tests.tiny import flags, stored_state, tiny_config
+
+# Of steps 201 to 203, by the version that made tests/sampling/tiny_run.
+TINY_LOSSES = [0.8231241106987, 0.6754682064056396, 0.8065956234931946]
 
 
 def _same(a, b) -> bool:
@@ -71,6 +74,28 @@ def test_progress_and_metrics(straight):
   assert records[-1].keys() >= {"loss", "grad_norm", "images_per_second"}
 
 
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+  """It has the losses that it would have had with the code that made it."""
+  shutil.copytree("tests/sampling/tiny_run", tmp_path / "run")
+  config = listing.read_config(str(tmp_path / "run")).unlock()
+  config.steps, config.log.every = 203, 1
+  assert loop.train(config, str(tmp_path / "run")) == 203
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  losses = [json.loads(line)["loss"] for line in lines]
+  np.testing.assert_allclose(losses, TINY_LOSSES, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "change", [{"sample__method": "foo"}, {"eval__num_samples": 0}]
+)
+def test_what_would_fail_when_it_draws_fails_at_the_start(tmp_path, change):
+  key, value = next(iter(change.items()))
+  named = key.replace("__", ".")
+  with pytest.raises(ConfigError, match=f"{named}={value!r}"):
+    loop.train(tiny_config(**change), str(tmp_path / "new"))
+  assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
 def test_a_half_written_checkpoint_falls_back(straight, copy, damage, caplog):
   newest = copy / "checkpoints" / "4"
@@ -123,7 +148,7 @@ def test_a_free_change_goes_on(copy):
     eval__num_samples=10,
   )
   assert loop.train(config, str(copy)) == 5
-  assert checkpoint.read_config(str(copy)).sample.num_steps == 9
+  assert listing.read_config(str(copy)).sample.num_steps == 9
 
 
 def test_retention_keeps_the_newest_and_every_kth(tmp_path):
@@ -131,7 +156,7 @@ def test_retention_keeps_the_newest_and_every_kth(tmp_path):
     steps=7, checkpoint__every=1, checkpoint__keep=2, checkpoint__keep_every=3
   )
   loop.train(config, str(tmp_path))
-  assert checkpoint.steps(str(tmp_path)) == [3, 6, 7]
+  assert listing.steps(str(tmp_path)) == [3, 6, 7]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -145,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   )
   with pytest.raises(FloatingPointError) as error:
     loop.train(config, str(tmp_path))
-  kept = checkpoint.steps(str(tmp_path))
+  kept = listing.steps(str(tmp_path))
   assert f"the last good checkpoint is step {kept[-1]}" in str(error.value)
   assert f"at step {kept[-1] + 1};" in str(error.value)
   for leaf in jax.tree.leaves(stored_state(config, tmp_path).params):
@@ -182,7 +207,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     seen += process.stdout.read()
   assert process.returncode == 0, seen
   assert "stopped on request after step" in seen
-  (step,) = checkpoint.steps(str(tmp_path))
+  (step,) = listing.steps(str(tmp_path))
   assert loop.train(tiny_config(steps=step + 1), str(tmp_path)) == step + 1
 
 
