@@ -27,7 +27,7 @@ class Flags:
 
   def __init__(self):
     self._values = flags.FlagValues()
-    self._values.set_gnu_getopt()  # reads on after what it does not know
+    self._values.set_gnu_getopt()  # keeps parsing after an unknown argument
     self._required: list[str] = []
     flags.DEFINE_bool(
       "help", False, "", short_name="h", flag_values=self._values

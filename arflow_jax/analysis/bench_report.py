@@ -87,7 +87,7 @@ def write(path: str, measured: dict[str, Any]) -> None:
 
 
 def check_output(path: str, overwrite: bool) -> None:
-  """Raises ConfigError where the JSON file would replace something untold."""
+  """Raises ConfigError unless `path` ends in .json and may be written."""
   if not path.endswith(".json"):
     raise ConfigError(f"--out={path} must end in .json")
   if pathlib.Path(path).exists() and not overwrite:

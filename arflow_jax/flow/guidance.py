@@ -108,5 +108,5 @@ def with_null(labels: Int[Array, "B"], null_label: int) -> Int[Array, "R"]:
 def drop_label(
   key: Key[Array, ""], label: Int[Array, ""], null_label: int, rate: float
 ) -> Int[Array, ""]:
-  """The training half: a label, or by chance `rate` the null label."""
+  """For training: the label, or with probability `rate` the null label."""
   return jnp.where(jax.random.uniform(key) < rate, null_label, label)

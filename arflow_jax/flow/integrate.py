@@ -1,7 +1,7 @@
 """From a method's name and its settings to a solver, for every family.
 
-A name is an equation, "ode" or "sde", and the integrator where that is not
-Euler's: "ode-heun2". The settings are those of `solvers.sde`; their defaults
+A name is "ode" or "sde", followed by the integrator unless it is Euler's:
+"ode-heun2". The settings are those of `solvers.sde`; their defaults
 stand in the config files and nowhere else.
 """
 
@@ -118,9 +118,9 @@ class Integrator:
       velocities: one for each of `times[:-1]`; see `solvers`.
       x: standard normal noise to start from.
       carry: the model's state before the first call.
-      times: when steps start, and the end: those of `times`, or others; of an
-        SDE even up to where the last step starts. The end of a last step is
-        told by `last_step_size` alone.
+      times: when steps start, and the end. For an ODE any grid; for an SDE
+        evenly spaced up to the last step, whose length is `last_step_size`,
+        whatever the final time.
       noise: the standard normal draw of each step of an SDE but the last.
       path: the path the velocities belong to.
 

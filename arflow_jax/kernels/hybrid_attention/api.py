@@ -58,8 +58,8 @@ def hybrid_attention(
 
   Under an ambient mesh (`jax.set_mesh`) every device computes its own shard:
   heads over the mesh axis `tensor`, if there is one, the batch over all others.
-  Axes that do not divide are left to XLA, which kernels cannot be: on several
-  TPUs the mesh must be set.
+  XLA handles axes that do not divide. It cannot split a Pallas kernel, so that on
+  several TPUs the mesh must be set.
 
   Args:
     q: queries, heads packed: feature `h * D + d` belongs to head h.
@@ -80,7 +80,7 @@ def hybrid_attention(
       platform), `xla_cudnn` (experimental: the same with cuDNN's attention
       inside images, not yet measured on a GPU), `pallas_tpu`,
       `pallas_tpu_interpret` (the same on any machine, very slow), or None for
-      the best one known. A name never falls back.
+      the best one known. A named one is used, or an error is raised.
 
   Returns:
     The output in the type of q, packed like the inputs, and the float32 memory

@@ -1,7 +1,8 @@
 """The forward kernel: one image of a few lane groups a program.
 
 Everything is computed transposed, features by queries: the softmax then reduces
-over sublanes, and every number per query is a row that broadcasts for nothing.
+over sublanes, and each number per query is a row, which broadcasts over
+the keys without extra instructions.
 """
 
 import dataclasses
