@@ -84,13 +84,14 @@ def _numbers(args: cli.Args, flag: str) -> list[int]:
 
 def _report(args: cli.Args, dump: str | None) -> None:
   from arflow_jax.analysis import attention_bench as bench
+  from arflow_jax.analysis import attention_static as static
   from arflow_jax.analysis import bench_report
   from arflow_jax.kernels.hybrid_attention import cases
 
   if args.out:
     bench_report.check_output(args.out, args.overwrite)
   tokens, images, batches = (_numbers(args, flag) for flag in _NUMBERS)
-  bench.check_step(args.config, batches)
+  static.check_step(args.config, batches)
   for size in args.sizes:
     if size not in cases.PUBLISHED_HEADS:
       raise ConfigError(
@@ -109,10 +110,12 @@ def _report(args: cli.Args, dump: str | None) -> None:
   if dump is None:
     measured = bench.timed(problems, args.implementations, args.repeats)
   else:
-    measured = bench.static(problems, args.implementations, args.topology, dump)
+    measured = static.compiled(
+      problems, args.implementations, args.topology, dump
+    )
   print(bench.table(measured))
   if dump is not None and args.step:
-    measured["step"] = bench.steps(args.config, args.topology, batches, dump)
+    measured["step"] = static.steps(args.config, args.topology, batches, dump)
     print("\n" + bench.step_table(measured["step"]))
   if args.out:
     bench_report.write(args.out, measured)

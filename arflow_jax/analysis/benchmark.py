@@ -185,17 +185,23 @@ def product_side() -> int:
   return 2048 if jax.default_backend() == "cpu" else 8192
 
 
+def product(dtype: str) -> tuple[Callable[[], jax.Array], int]:
+  """The matrix product that sets the scale, and its FLOPs."""
+  side = product_side()
+  matrix = jax.random.normal(jax.random.key(2), (side, side)).astype(dtype)
+  full = "highest" if dtype == "float32" else None
+  multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision=full))
+  return lambda: multiply(matrix, matrix), 2 * side**3
+
+
 def _in_turn(
   name: str, call: Callable[[], Any], dtype: str, repeats: int
 ) -> tuple[list[float], list[float]]:
   """Seconds of each call, and the product rate of one device around it."""
-  side = product_side()
-  matrix = jax.random.normal(jax.random.key(2), (side, side)).astype(dtype)
-  full = "highest" if dtype == "float32" else None
-  product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=full))
+  multiply, work = product(dtype)
 
   def products():
-    jax.block_until_ready([product(matrix, matrix) for _ in range(4)])
+    jax.block_until_ready([multiply() for _ in range(4)])
 
   call()
   products()
@@ -204,7 +210,7 @@ def _in_turn(
   for _ in tqdm.trange(repeats, desc=name, unit="call", leave=False):
     times.append(_seconds(call))
     after = _seconds(products) / 4
-    rates.append(2 * side**3 / statistics.mean([before, after]))
+    rates.append(work / statistics.mean([before, after]))
     before = after
   return times, rates
 

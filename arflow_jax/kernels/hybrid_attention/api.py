@@ -58,7 +58,7 @@ def hybrid_attention(
 
   Under an ambient mesh (`jax.set_mesh`) every device computes its own shard:
   heads over the mesh axis `tensor`, if there is one, the batch over all others.
-  XLA handles axes that do not divide. It cannot split a Pallas kernel, so that on
+  XLA handles axes that do not divide. It cannot split a Pallas kernel: on
   several TPUs the mesh must be set.
 
   Args:
