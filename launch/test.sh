@@ -32,4 +32,4 @@ done
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 PYTHONPATH="$libtpu${PYTHONPATH:+:$PYTHONPATH}" \
-  .venv/bin/python -m pytest -n 2 ${arguments[@]+"${arguments[@]}"}
+  .venv/bin/python -m pytest -n 2 --dist worksteal ${arguments[@]+"${arguments[@]}"}

@@ -101,9 +101,11 @@ def test_the_test_command_checks_and_runs_what_is_asked_for(launch):
   assert calls.splitlines()[-3:] == [
     "check .",
     "format --check .",
-    "-m pytest -n 2 -m slow or not slow -k one",
+    "-m pytest -n 2 --dist worksteal -m slow or not slow -k one",
   ]
-  assert launch(script="test.sh")[1].splitlines()[-1] == "-m pytest -n 2"
+  assert launch(script="test.sh")[1].splitlines()[-1] == (
+    "-m pytest -n 2 --dist worksteal"
+  )
 
 
 def test_arguments_reach_the_trainer(launch):
