@@ -15,6 +15,7 @@ from arflow_jax.errors import ConfigError
 from arflow_jax.metrics.frechet import frechet_distance
 from arflow_jax.metrics.recognition import Recogniser
 from arflow_jax.metrics.statistics import Statistics
+from arflow_jax.sampling.images import from_pixels
 
 
 class Score(NamedTuple):
@@ -41,6 +42,10 @@ class PixelEvaluator:
     real: `num_samples` real training images, classes balanced: what a perfect
       model would score.
     labels: the classes to sample, in order.
+
+  Raises:
+    ConfigError: data whose pixels say nothing, or a number of images that is no
+      multiple of the classes or more than there are real ones.
   """
 
   def __init__(self, config: ConfigDict, num_samples: int):
@@ -54,8 +59,8 @@ class PixelEvaluator:
     classes = config.model.num_classes
     if num_samples % classes or num_samples < classes:
       raise ConfigError(
-        f"eval.num_samples={num_samples} must be a multiple of {classes}"
-        " classes"
+        f"eval.num_samples (--num_samples) = {num_samples} must be a multiple"
+        f" of {classes} classes"
       )
     train = sources.open_source(config, "train")
     heldout = sources.open_source(config, "heldout")
@@ -64,8 +69,8 @@ class PixelEvaluator:
     members = [np.flatnonzero(train.labels == c) for c in range(classes)]
     if min(map(len, members)) < each:
       raise ConfigError(
-        f"eval.num_samples={num_samples} asks for {each} real images a class;"
-        f" some class has only {min(map(len, members))}"
+        f"eval.num_samples (--num_samples) = {num_samples} asks for {each} real"
+        f" images a class; some class has only {min(map(len, members))}"
       )
     everything, unseen = _stack(train), _stack(heldout)
     self._recogniser = Recogniser(everything, train.labels)
@@ -83,7 +88,7 @@ class PixelEvaluator:
     self, labels: Int[np.ndarray, "n"], images: UInt8[np.ndarray, "n h w C"]
   ) -> None:
     """Takes a block of images and the classes they were asked to be."""
-    self._add(labels, (images.astype(np.float32) - 128) / 127.5)
+    self._add(labels, from_pixels(images))
 
   def score(self) -> Score:
     """The score of all images since the last call.

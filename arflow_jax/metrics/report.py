@@ -41,7 +41,7 @@ def evaluate_run(
   evaluator = PixelEvaluator(run.config, num_samples)
   count, real = len(evaluator.labels), evaluator.real
   settings = run.settings(overrides).to_dict()
-  del settings["guidance"]  # of every row its own
+  del settings["guidance"]  # each row has its own
   processes.say(
     f"weights of step {run.step}; {count} samples per guidance\n"
     f"{run_lib.describe(settings)} seed={seed}\n"

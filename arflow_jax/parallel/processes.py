@@ -62,6 +62,15 @@ def meet() -> None:
   agree(False)
 
 
+def common(array: np.ndarray) -> np.ndarray:
+  """The array of the process that speaks, in every process; all call it.
+
+  Args:
+    array: of the same shape and type in every process.
+  """
+  return multihost_utils.broadcast_one_to_all(array)
+
+
 def rows(sharding: Sharding, count: int) -> Int[np.ndarray, "n"]:
   """Rows of a leading axis that this process's own devices hold, ascending.
 

@@ -27,11 +27,22 @@ def sample_to_file(
 
   Blocks are kept in the folder `OUT.shards` as they are drawn. The same call
   goes on from there after an interruption; the output is put together at the
-  end, and the folder removed.
+  end, and the folder removed. All processes of a job call it; one of them
+  writes the output, and none returns before it is there.
+
+  Args:
+    workdir: of the run.
+    out: `X.png` for a grid with a row for each label, `X.npz`, or a folder.
+    labels: numbers and ranges; the one after the last class means none.
+    per_label: images of each label.
+    overrides: of the run's sample settings.
+    seed: of the noise.
+    overwrite: whether an output that is there, or unfinished images of another
+      call, may be replaced.
 
   Raises:
     ConfigError: an output in the way, unknown labels or settings, no run, a
-      run whose images are no pixels.
+      run whose images are not pixels.
   """
   writers.check_output(out, overwrite)
   classes = images.parse_labels(labels)
@@ -84,6 +95,7 @@ def sample_to_file(
       out, drawn, layout, scratch=shards.folder, overwrite=overwrite
     )
     shards.remove()
+  processes.meet()  # none leaves while one still writes
 
 
 def _checksum(params: Any) -> int:

@@ -6,6 +6,7 @@ whichever images are asked for with it. The rows of a block are split over all
 devices of a mesh and stay there until somebody fetches them.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.parallel import processes
 
-Decode = Callable[[Float[Array, "B h w C"]], UInt8[Array, "B H W K"]]
+Decode = Callable[[Float[Array, "B h w C"]], UInt8[Array, "B p q K"]]
 
 
 class Block(NamedTuple):
@@ -37,12 +38,12 @@ class Block(NamedTuple):
 
   indices: Int[np.ndarray, "n"]
   labels: Int[np.ndarray, "n"]
-  images: UInt8[Array, "b H W K"]
+  images: UInt8[Array, "b p q K"]
 
   def local(
     self,
   ) -> tuple[
-    Int[np.ndarray, "m"], Int[np.ndarray, "m"], UInt8[np.ndarray, "m H W K"]
+    Int[np.ndarray, "m"], Int[np.ndarray, "m"], UInt8[np.ndarray, "m p q K"]
   ]:
     """Indices, labels and images of the rows that this process has to write.
 
@@ -53,7 +54,7 @@ class Block(NamedTuple):
     rows = rows[real]
     return self.indices[rows], self.labels[rows], images[real]
 
-  def whole(self) -> UInt8[np.ndarray, "n H W K"]:
+  def whole(self) -> UInt8[np.ndarray, "n p q K"]:
     """All images, in every process; all have to call it."""
     return processes.whole(self.images)[: len(self.indices)]
 
@@ -71,21 +72,28 @@ def to_pixels(
   return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
 
 
+def from_pixels(
+  images: UInt8[np.ndarray, "*lead h w C"],
+) -> Float[np.ndarray, "*lead h w C"]:
+  """The inverse of `to_pixels`, up to what it rounds and clamps; float32."""
+  return (images.astype(np.float32) - 128) / 127.5
+
+
 def decoder(config: ConfigDict, shape: tuple[int, int, int]) -> Decode:
-  """What makes pixels of the images that the model of a config draws.
+  """The function that turns samples into uint8 pixels.
 
   Args:
     config: of a run; its data says what the model has learnt to draw.
     shape: of one image, `[h, w, C]`.
 
   Raises:
-    ConfigError: images that are no pixels, of grey or of three colours.
+    ConfigError: samples that are not pixels, of grey or of three colours.
   """
   if not sources.kind(config).pixels or shape[-1] not in (1, 3):
     size = " x ".join(map(str, shape))
     raise ConfigError(
       f"this run draws {size} arrays (data.source={config.data.source!r}) that"
-      " are no pixels; a picture of them needs a decoder, and this version has"
+      " are not pixels; a picture of them needs a decoder, and this version has"
       " none"
     )
   return to_pixels
@@ -102,11 +110,14 @@ class Generator:
       devices.
     seed: of the noise.
     mesh: the devices that share a block.
-    decode: makes uint8 pixels of what the branch samples.
+    decode: turns what the branch samples into uint8 pixels.
 
   Attributes:
     settings: the same.
-    image_shape: of a decoded image, `[H, W, K]`.
+    image_shape: of a decoded image, `[p, q, K]`.
+
+  Raises:
+    ConfigError: a block without an image.
   """
 
   def __init__(
@@ -118,7 +129,7 @@ class Generator:
     block_size: int,
     seed: int = 0,
     mesh: Mesh,
-    decode: Decode = to_pixels,
+    decode: Decode,
   ):
     if block_size < 1:
       raise ConfigError(f"sample.block_size={block_size} must be at least 1")
@@ -162,7 +173,7 @@ class Generator:
         "indices": indices[low : low + self._rows],
         "labels": labels[low : low + self._rows],
       }
-      # Filled up with rows that are there already, not with other work.
+      # Repeats the block's own rows, so that labels and indices stay valid.
       local = {k: np.resize(x, self._rows)[mine] for k, x in real.items()}
       block = processes.place(sharding, local, self._rows)
       with jax.set_mesh(self._mesh):  # kernels split themselves over it
@@ -185,8 +196,9 @@ def check_labels(
     raise ConfigError(f"labels {labels.tolist()} must be whole numbers")
   wrong = sorted({int(x) for x in labels if not 0 <= x <= num_classes})
   if wrong:
+    more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
     raise ConfigError(
-      f"labels {wrong} are out of range: this model has classes 0 to"
+      f"labels {wrong[:8]}{more} are out of range: this model has classes 0 to"
       f" {num_classes - 1}, and {num_classes} for none"
     )
   return labels.astype(np.int32)
@@ -196,15 +208,17 @@ def parse_labels(text: str) -> list[int]:
   """`"0-3,7"` to `[0, 1, 2, 3, 7]`.
 
   Raises:
-    ConfigError: text that is not numbers and ranges.
+    ConfigError: text that is not numbers, of at most six digits, and ranges.
   """
   labels = []
   for part in text.split(","):
-    low, _, high = part.strip().partition("-")
-    if not low.isdigit() or (high and not high.isdigit()):
+    found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+    if not found:
       raise ConfigError(
-        f"labels {text!r} are not numbers and ranges such as 0-3,7"
+        f"labels {text!r} are not numbers (of at most six digits) and ranges"
+        " such as 0-3,7"
       )
+    low, high = found.groups()
     labels += range(int(low), int(high or low) + 1)
   if not labels:
     raise ConfigError(f"labels {text!r} name no class: low-high must ascend")

@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -15,7 +14,7 @@ from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.parallel import processes
 from arflow_jax.sampling import images
-from arflow_jax.training import checkpoint
+from arflow_jax.training import checkpoint, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Run:
 
     Raises:
       ConfigError: an unknown key, a value out of range, or a run whose images
-        are no pixels.
+        are not pixels.
     """
     sample = self.settings(overrides)
     return images.Generator(
@@ -81,13 +80,10 @@ def restore(workdir: str) -> Run:
   processes.start()
   # Images share no work: each device draws its own with all the weights.
   mesh = mesh_lib.make_mesh(ConfigDict({"data": -1, "fsdp": 1}))
-
-  def abstract(config: ConfigDict) -> Any:
-    branch = branches.build(config)
-    shapes = jax.eval_shape(branch.init, jax.random.key(0))
-    return mesh_lib.abstract_params(branch.axes, shapes, mesh)
-
-  config, params, step = checkpoint.load_weights(workdir, abstract)
+  config, params, step = checkpoint.load_weights(
+    workdir, lambda stored: state.abstract_params(branches.build(stored), mesh)
+  )
+  # Another config than the stored one: it has the free keys of later launches.
   return Run(config, branches.build(config), params, step, mesh)
 
 

@@ -6,6 +6,7 @@ an interruption, and no other command does. Each image has one number, and is
 read back by it.
 """
 
+import io
 import json
 import zipfile
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
 
 _MANIFEST = "manifest.json"
-# What reading a file raises that was not written to its end. An `OSError` is
-# none of them: a disk that fails once is no reason to draw anything again.
+# Errors from reading an incomplete file. OSError is not one: one failed read is
+# no reason to draw again.
 _DAMAGE = (zipfile.BadZipFile, EOFError, KeyError, ValueError)
 
 
@@ -52,7 +53,7 @@ class Shards:
     processes.meet()  # no process writes before all have looked
     if fresh and processes.speaks():
       if folder.exists():
-        folder.rmtree()
+        self.remove()
       folder.mkdir(parents=True)
       _write(folder / _MANIFEST, json.dumps(manifest).encode())
     processes.meet()
@@ -64,13 +65,15 @@ class Shards:
         for entry in self.folder.iterdir():
           if entry.name != _MANIFEST + ".part":
             raise ConfigError(
-              f"{self.folder} holds {entry.name} and no {_MANIFEST}: it is not"
-              " ours to draw into; move it away or choose another --out"
+              f"{self.folder} contains {entry.name} but no manifest, so"
+              " `sample` did not make it; move it away or choose another --out"
             )
       return True
     try:
       found = json.loads(path.read_text())
     except ValueError:
+      found = None
+    if not isinstance(found, dict):
       found = {}
     old, new = config_lib.flatten(found), config_lib.flatten(manifest)
     missing = object()
@@ -90,23 +93,20 @@ class Shards:
   def missing(self) -> Int[np.ndarray, "m"]:
     """Numbers of the images that are not drawn yet; all processes ask at once.
 
-    Files that were not written to their end are as good as missing.
+    Images in incomplete files count as missing; those files are removed.
     """
     there = np.zeros(self._count, bool)
-    damaged = []
-    for path in self._files():
-      try:
-        there[_read(path, "indices")] = True
-      except _DAMAGE:
-        damaged.append(path)
-    processes.meet()  # no process draws before all have looked
-    if processes.speaks():
-      for path in damaged:
-        path.unlink()
-    return np.flatnonzero(~there)
+    if processes.speaks():  # one look decides for all
+      for path in self._files():
+        try:
+          there[_read(path, "indices")] = True
+        except _DAMAGE:
+          path.unlink()
+    # All wait for it here: no process writes a file that is about to go.
+    return np.flatnonzero(~processes.common(there))
 
   def add(
-    self, indices: Int[np.ndarray, "m"], images: UInt8[np.ndarray, "m H W K"]
+    self, indices: Int[np.ndarray, "m"], images: UInt8[np.ndarray, "m p q K"]
   ) -> None:
     """Writes some images; they are there as a whole or not at all.
 
@@ -116,13 +116,12 @@ class Shards:
     """
     if not len(indices):
       return
-    path = self.folder / f"{indices[0]:09}.npz"
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-      np.savez(file, indices=indices, images=images)
-    part.replace(path)
+    # In memory first: `savez` goes back in its file, object stores cannot.
+    content = io.BytesIO()
+    np.savez(content, indices=indices, images=images)
+    _write(self.folder / f"{indices[0]:09}.npz", content.getvalue())
 
-  def images(self) -> Iterator[UInt8[np.ndarray, "H W K"]]:
+  def images(self) -> Iterator[UInt8[np.ndarray, "p q K"]]:
     """Every image in the order of the numbers.
 
     Holds no more than the files whose numbers overlap, those of one block.
@@ -153,7 +152,15 @@ class Shards:
       yield held.pop(number)
 
   def remove(self) -> None:
-    """Removes all of it."""
+    """Removes all of it.
+
+    The manifest goes last: what an interruption leaves is still known as ours.
+    """
+    for entry in self.folder.iterdir():
+      if entry.is_dir():
+        entry.rmtree()
+      elif entry.name != _MANIFEST:
+        entry.unlink()
     self.folder.rmtree()
 
   def _files(self) -> list[epath.Path]:

@@ -4,10 +4,11 @@ Each is written from images that come one by one, so that their number does not
 matter, and takes its place only when it is whole.
 """
 
+import os
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -20,14 +21,14 @@ _GAP = 4  # pixels between tiles
 _IMAGE_NAME = re.compile(r"\d{6,}_class\d+\.png")
 _TILE = 64  # tiles smaller than this are enlarged by a whole factor
 
-Pictures = Iterable[UInt8[np.ndarray, "H W K"]]
+Pictures = Iterable[UInt8[np.ndarray, "p q K"]]
 
 
 class Layout(NamedTuple):
   """What a set of images looks like.
 
   Attributes:
-    shape: of one image, `[H, W, K]` with one channel or three.
+    shape: of one image, `[p, q, K]` with one channel or three.
     labels: class of each image, for the names of files.
     names: a name for each row of the grid.
     per_row: images in a row of the grid.
@@ -40,7 +41,7 @@ class Layout(NamedTuple):
 
 
 def check_output(out: str, overwrite: bool) -> None:
-  """Raises ConfigError unless images may be written to `out`."""
+  """Raises ConfigError unless images may be written to `out`. Makes nothing."""
   path = epath.Path(out)
   if not path.name or path.suffix not in (".png", ".npz", ""):
     raise ConfigError(
@@ -59,10 +60,13 @@ def check_output(out: str, overwrite: bool) -> None:
           f"--out={out} holds {entry.name}, which is no image of ours: it is"
           " not replaced; choose another folder"
         )
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ConfigError(f"--out={out} cannot be written: {error}") from None
+  if "://" not in out:  # a bucket tells when something is written to it
+    parent = next(p for p in path.resolve().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+      raise ConfigError(
+        f"--out={out} cannot be written: {parent} is no folder that this user"
+        " may write to"
+      )
 
 
 def check_layout(out: str, layout: Layout) -> None:
@@ -70,7 +74,7 @@ def check_layout(out: str, layout: Layout) -> None:
   if layout.shape[-1] not in (1, 3):
     size = " x ".join(map(str, layout.shape))
     raise ConfigError(f"--out={out}: {size} arrays are no pictures")
-  if out.endswith(".png"):
+  if epath.Path(out).suffix == ".png":
     width, height = _Grid(layout).size
     if width * height > Image.MAX_IMAGE_PIXELS:
       raise ConfigError(
@@ -91,7 +95,7 @@ def write(
   """Writes images; an existing output is replaced once all are written.
 
   Args:
-    out: `X.png` for a grid, `X.npz` for `arr_0` uint8 `[n, H, W, K]` (the form
+    out: `X.png` for a grid, `X.npz` for `arr_0` uint8 `[n, p, q, K]` (the form
       of the ADM evaluation suite), anything else for a folder.
     images: in order.
     layout: what they look like.
@@ -119,6 +123,22 @@ def write(
   part.replace(path)
 
 
+class _Stream:
+  """A file to write from its beginning to its end.
+
+  Object stores cannot go back in a file. `zipfile` does not, where there is no
+  `seek` and no `tell`, but it counts the bytes that it is told were written;
+  TensorFlow's files, which epath opens for `gs://`, do not tell.
+  """
+
+  def __init__(self, file: Any):
+    self._file, self.flush = file, file.flush
+
+  def write(self, content: bytes) -> int:
+    self._file.write(content)
+    return len(content)
+
+
 def _write_npz(path: epath.Path, images: Pictures, layout: Layout) -> None:
   header = {
     "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
@@ -127,7 +147,7 @@ def _write_npz(path: epath.Path, images: Pictures, layout: Layout) -> None:
   }
   with (
     path.open("wb") as file,
-    zipfile.ZipFile(file, "w") as archive,
+    zipfile.ZipFile(_Stream(file), "w") as archive,
     archive.open("arr_0.npy", "w", force_zip64=True) as array,
   ):
     np.lib.format.write_array_header_1_0(array, header)
@@ -172,7 +192,7 @@ class _Grid:
     return sheet
 
 
-def _picture(image: UInt8[np.ndarray, "H W K"]) -> Image.Image:
+def _picture(image: UInt8[np.ndarray, "p q K"]) -> Image.Image:
   return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 

@@ -34,12 +34,17 @@ class TrainState:
   opt_state: Any
 
 
+def abstract_params(branch: Branch, mesh: Mesh) -> Any:
+  """Shapes, types and shardings of the weights; allocates nothing."""
+  shapes = jax.eval_shape(branch.init, jax.random.key(0))
+  return mesh_lib.abstract_params(branch.axes, shapes, mesh)
+
+
 def abstract_state(
   branch: Branch, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
   """Shapes, types and shardings of the whole train state; allocates nothing."""
-  shapes = jax.eval_shape(branch.init, jax.random.key(0))
-  params = mesh_lib.abstract_params(branch.axes, shapes, mesh)
+  params = abstract_params(branch, mesh)
   whole = mesh_lib.replicated(mesh)
 
   def place(array, sharding):

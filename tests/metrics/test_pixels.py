@@ -50,8 +50,16 @@ def test_good_is_known_from_bad(evaluator):
     ("tfds:x", 400, "data.source=digits only, not 'tfds:x'"),
     ("latents", 400, "data.source=digits only, not 'latents'"),
     ("nothing", 400, "data.source='nothing' is unknown"),
-    ("digits", 15, "eval.num_samples=15 must be a multiple of 10"),
-    ("digits", 0, "eval.num_samples=0 must be a multiple of 10"),
+    (
+      "digits",
+      15,
+      r"\(--num_samples\) = 15 must be a multiple of 10",
+    ),
+    (
+      "digits",
+      0,
+      r"\(--num_samples\) = 0 must be a multiple of 10",
+    ),
     ("digits", 5000, "500 real images a class"),
   ],
 )

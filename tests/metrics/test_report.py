@@ -32,7 +32,7 @@ def test_every_guidance_has_a_row(capsys):
 def test_the_run_says_how_many_unless_told(capsys):
   report.evaluate_run("x", [1.0], {})
   assert "; 30 samples per guidance" in capsys.readouterr().out
-  with pytest.raises(ConfigError, match=r"eval\.num_samples=25 must be"):
+  with pytest.raises(ConfigError, match=r"\(--num_samples\) = 25 must be"):
     report.evaluate_run("x", [1.0], {}, num_samples=25)
 
 

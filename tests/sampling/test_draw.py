@@ -6,8 +6,9 @@ from PIL import Image
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.sampling import draw, run, shards
+from tests.bucket import Bucket
+from tests.job import two_processes
 from tests.sampling.noise import noise_run, one_device
-from tests.training.test_checkpoint import Bucket
 
 
 @pytest.fixture
@@ -138,10 +139,57 @@ def test_latents_never_reach_a_picture(runs, tmp_path, name, channels):
 
 def test_labels_out_of_range_are_refused(runs, tmp_path):
   with pytest.raises(ConfigError, match=r"\[11\] are out of range"):
-    _sample(tmp_path / "x.png", labels="0,11")
+    _sample(tmp_path / "new" / "x.png", labels="0,11")
+  assert list(tmp_path.iterdir()) == []  # nothing is made before it can begin
   _sample(tmp_path / "x", labels="9-10", per_label=1)
   names = sorted(path.name for path in (tmp_path / "x").iterdir())
   assert names == ["000000_class9.png", "000001_class10.png"]
+
+
+# One device each. Process 0 is slow to write, and alone may look what is there.
+JOB = """
+import jax, pathlib, time
+from arflow_jax.parallel import mesh, processes
+from arflow_jax.sampling import draw, run, writers
+from arflow_jax.sampling.shards import Shards
+from ml_collections import ConfigDict
+from tests.sampling.noise import noise_run
+
+processes.start()
+devices = mesh.make_mesh(ConfigDict({{"data": -1, "fsdp": 1}}))
+run.restore = lambda workdir: noise_run(devices)
+add, write, added = Shards.add, writers.write, []
+
+def counted(self, indices, images):
+  added.extend(indices.tolist())
+  add(self, indices, images)
+
+def slow(*args, **options):
+  time.sleep(0.5)
+  write(*args, **options)
+
+Shards.add, writers.write = counted, slow
+if not processes.speaks():
+  Shards._files = None
+draw.sample_to_file("a", {out!r}, labels="0-4", per_label=4,
+  overrides={{"block_size": 5}})
+print(added, [path.name for path in pathlib.Path({out!r}).parent.iterdir()])
+"""
+
+
+def test_two_processes_go_on_together(runs, tmp_path, monkeypatch):
+  """After one process, one of whose files was damaged."""
+  whole = tmp_path / "whole.npz"
+  _sample(whole)
+  out = tmp_path / "job" / "x.npz"
+  _interrupted(out, monkeypatch, after=2)
+  damaged = tmp_path / "job" / "x.npz.shards" / "000000008.npz"
+  damaged.write_bytes(damaged.read_bytes()[:-30])
+  first, second = two_processes(JOB.format(out=str(out)))
+  # Blocks of 6 (5, rounded up): 8 to 13 and 14 to 19, three rows each.
+  assert first[-1] == "[8, 9, 10, 14, 15, 16] ['x.npz']"
+  assert second == ["[11, 12, 13, 17, 18, 19] ['x.npz']"]
+  np.testing.assert_array_equal(np.load(out)["arr_0"], np.load(whole)["arr_0"])
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.npz", "x"])

@@ -73,13 +73,14 @@ def test_one_program_under_the_mesh_serves_every_block():
 
 
 # Prints, by family, the shapes that the devices hold of a block, whether one
-# device and four draw the same, and whether that is more than one grey.
+# device and four draw the same, and whether that is more than one grey. Then how
+# many devices hold the weights of a restored run, and whether they hold all.
 ON_FOUR = """
 import jax, numpy as np
 from ml_collections import ConfigDict
 from arflow_jax import branches
 from arflow_jax.parallel import mesh as mesh_lib
-from arflow_jax.sampling import images
+from arflow_jax.sampling import images, run
 from tests.tiny import tiny_config
 
 rs = np.random.RandomState(0)
@@ -99,7 +100,8 @@ for family, changes in small.items():
       ConfigDict({"data": -1, "fsdp": 1}), jax.devices()[:count])
     generator = images.Generator(
       branch, jax.device_put(params, mesh_lib.replicated(mesh)),
-      branch.settings(config.sample), block_size=6, mesh=mesh)
+      branch.settings(config.sample), block_size=6, mesh=mesh,
+      decode=images.to_pixels)
     blocks = list(generator.blocks(np.arange(10)))
     drawn.append(np.concatenate([block.whole() for block in blocks]))
     local = np.concatenate([block.local()[2] for block in blocks])
@@ -107,6 +109,9 @@ for family, changes in small.items():
   held = {shard.data.shape for shard in blocks[0].images.addressable_shards}
   one, four = (x.astype(int) for x in drawn)
   print(family, held, abs(one - four).max() <= 1, one.std() > 10)
+restored = run.restore("tests/sampling/tiny_run")
+print({(leaf.is_fully_replicated, len(leaf.sharding.device_set))
+  for leaf in jax.tree.leaves(restored.params)})
 """
 
 
@@ -121,7 +126,9 @@ def test_the_same_images_on_four_devices():
   assert done.returncode == 0, done.stderr
   # A block of 6 is rounded up to 8: two images on each device.
   assert done.stdout.splitlines() == [
-    f"{family} {{(2, 8, 8, 1)}} True True" for family in ("arflow", "flowar")
+    "arflow {(2, 8, 8, 1)} True True",
+    "flowar {(2, 8, 8, 1)} True True",
+    "{(True, 4)}",
   ]
 
 
@@ -139,6 +146,16 @@ def test_noise_is_bit_equal_whatever_the_batch():
 def test_pixels_are_clamped_and_truncated_as_published():
   x = jnp.array([-2.0, -1.0, 0.0, 0.999, 3.0]).reshape(5, 1, 1, 1)
   assert images.to_pixels(x).ravel().tolist() == [0, 0, 128, 255, 255]
+
+
+def test_pixels_come_back_from_what_they_stand_for():
+  pixels = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+  x = images.from_pixels(pixels)
+  assert x.dtype == np.float32
+  ends = [-128 / 127.5, 0, 127 / 127.5]
+  np.testing.assert_allclose(x.ravel()[[0, 128, 255]], ends, rtol=1e-6)
+  again = np.asarray(images.to_pixels(x)).astype(int)
+  assert np.abs(again - pixels).max() <= 1  # truncated, as published
 
 
 @pytest.mark.parametrize(
@@ -169,7 +186,21 @@ def test_labels_are_numbers_and_ranges(text, labels):
   assert images.parse_labels(text) == labels
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "1--2", "-1"])
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    "a",
+    "3-1",
+    "1--2",
+    "-1",
+    "1-",
+    "\N{SUPERSCRIPT TWO}",
+    "0-\N{SUPERSCRIPT TWO}",
+    "0-9999999999",
+    "9" * 5000,
+  ],
+)
 def test_other_labels_are_refused(text):
   with pytest.raises(ConfigError, match="labels"):
     images.parse_labels(text)
@@ -186,6 +217,7 @@ def test_other_labels_are_refused(text):
     (["3"], "whole numbers"),
     (np.array([[3]]), "whole numbers"),
     ([], "whole numbers"),
+    (range(5, 999), r"\[11, 12, .* 18\] and 980 more are out of range"),
   ],
 )
 def test_labels_that_are_no_classes_are_refused_at_once(labels, named):

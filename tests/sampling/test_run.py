@@ -3,7 +3,6 @@
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -46,12 +45,6 @@ def test_an_old_checkpoint_draws_what_it_drew(tiny):
   chosen = np.array([8, 3])
   (few,) = generator.blocks(labels[chosen], chosen)
   np.testing.assert_array_equal(few.whole(), drawn[chosen])
-
-
-def test_weights_lie_whole_on_every_device(tiny):
-  for leaf in jax.tree.leaves(tiny.params):
-    assert leaf.sharding.is_fully_replicated
-    assert leaf.sharding.device_set == set(jax.devices())
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_shards_of_another_command_are_not_mixed_in(tmp_path, change, named):
 def test_a_folder_of_anything_else_is_left_alone(tmp_path, replace):
   (tmp_path / "x.shards").mkdir()
   (tmp_path / "x.shards" / "thesis.txt").touch()
-  with pytest.raises(ConfigError, match=r"holds thesis\.txt and no manifest"):
+  with pytest.raises(ConfigError, match=r"contains thesis\.txt but no man"):
     _shards(tmp_path, replace=replace)
   assert (tmp_path / "x.shards" / "thesis.txt").exists()
 
@@ -78,6 +78,41 @@ def test_an_interruption_before_the_manifest_is_no_obstacle(tmp_path):
   assert len(_shards(tmp_path).missing()) == 10
   manifest = json.loads((tmp_path / "x.shards" / "manifest.json").read_text())
   assert manifest["labels"] == [1, 2]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "7", '{"seed": [0]}'])
+def test_a_damaged_manifest_is_another_command(tmp_path, content):
+  _add(_shards(tmp_path), 0, 1)
+  (tmp_path / "x.shards" / "manifest.json").write_text(content)
+  with pytest.raises(ConfigError, match=r"of another command .*seed"):
+    _shards(tmp_path)
+  assert len(_shards(tmp_path, replace=True).missing()) == 10
+
+
+@pytest.mark.parametrize(
+  "removal",
+  [
+    Shards.remove,
+    lambda shards: _shards(
+      shards.folder.parent, MANIFEST | {"seed": 1}, replace=True
+    ),
+  ],
+)
+def test_what_is_half_removed_is_still_ours(tmp_path, monkeypatch, removal):
+  shards = _shards(tmp_path)
+  _add(shards, 0, 1)
+  _add(shards, 2, 3)
+
+  def stop(path, **_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(type(shards.folder), "rmtree", stop)
+    with pytest.raises(KeyboardInterrupt):
+      removal(shards)
+  left = [path.name for path in (tmp_path / "x.shards").iterdir()]
+  assert left == ["manifest.json"]
+  assert len(_shards(tmp_path).missing()) == 10
 
 
 def _cut(path):

@@ -19,7 +19,7 @@ def _write(out, images=IMAGES, labels=LABELS, *, overwrite=True):
   writers.check_output(str(out), overwrite)
   writers.check_layout(str(out), layout)
   scratch = epath.Path(f"{out}.shards")
-  scratch.mkdir(exist_ok=True)
+  scratch.mkdir(parents=True, exist_ok=True)
   writers.write(
     str(out), iter(images), layout, scratch=scratch, overwrite=overwrite
   )
@@ -147,6 +147,8 @@ def test_a_grid_of_thousands_is_refused():
   named = r"5000 images has 130\d\d x 26004 pixels"
   with pytest.raises(ConfigError, match=named):
     writers.check_layout("x.png", layout)
+  with pytest.raises(ConfigError, match=named):
+    writers.check_layout("x.png/", layout)
   writers.check_layout("x.npz", layout)
   writers.check_layout("x.png", layout._replace(labels=layout.labels[:1000]))
 
@@ -157,6 +159,11 @@ def test_a_folder_of_anything_else_is_never_replaced(tmp_path):
   with pytest.raises(ConfigError, match="holds checkpoints, which is no image"):
     writers.check_output(str(tmp_path / "run"), overwrite=True)
   assert kept.is_dir()
+
+
+def test_checking_makes_nothing(tmp_path):
+  writers.check_output(str(tmp_path / "new" / "x.png"), overwrite=False)
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_other_forms_are_refused(tmp_path):

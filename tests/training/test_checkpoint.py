@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +17,10 @@ from arflow_jax.errors import ConfigError
 from arflow_jax.sampling import run
 from arflow_jax.training import checkpoint, listing, loop, relayout
 from arflow_jax.training import program as program_lib
+from tests.bucket import Bucket
 from tests.tiny import stored_state, tiny_config
 
 TINY_RUN = pathlib.Path("tests/sampling/tiny_run")
-
-
-@epath.register_path_cls("bucket://")
-class Bucket(type(epath.Path("/"))):
-  """A file system known to epath alone, kept below `ROOT`."""
-
-  ROOT = ""
-
-  def __new__(cls, *parts):
-    return super().__new__(cls, *map(cls._local, parts))
-
-  @classmethod
-  def _local(cls, part):
-    return str(part).replace("bucket://", f"{cls.ROOT}/", 1)
 
 
 @pytest.fixture
@@ -41,6 +29,8 @@ def bucket(tmp_path, monkeypatch):
   (tmp_path / "here").mkdir()
   monkeypatch.chdir(tmp_path / "here")
   monkeypatch.setattr(Bucket, "ROOT", str(tmp_path / "there"))
+  # TensorFlow opens real buckets by name, and knows nothing of this one.
+  monkeypatch.setitem(sys.modules, "clu", None)
   return tmp_path
 
 

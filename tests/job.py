@@ -1,0 +1,43 @@
+"""A job of two processes on this machine."""
+
+import os
+import socket
+import subprocess
+import sys
+
+
+def two_processes(program: str, devices: int = 1) -> list[list[str]]:
+  """The lines that each process prints; both must end well.
+
+  Args:
+    program: Python text that each of them runs.
+    devices: of each process.
+  """
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  environment = os.environ | {
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+    "JAX_NUM_PROCESSES": "2",
+  }
+  started = [
+    subprocess.Popen(
+      [sys.executable, "-c", program],
+      env=environment | {"JAX_PROCESS_ID": str(i)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    said = [process.communicate(timeout=120) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  assert [process.returncode for process in started] == [0, 0], said
+  return [
+    [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+    for out, _ in said
+  ]
