@@ -73,8 +73,8 @@ def test_one_program_under_the_mesh_serves_every_block():
 
 
 # Prints, by family, the shapes that the devices hold of a block, whether one
-# device and four draw the same, and whether that is more than one grey. Then how
-# many devices hold the weights of a restored run, and whether they hold all.
+# device and four draw the same, and whether that is more than one grey. Last,
+# whether devices hold all weights of a restored run, and how many devices do.
 ON_FOUR = """
 import jax, numpy as np
 from ml_collections import ConfigDict
@@ -154,7 +154,7 @@ def test_pixels_come_back_from_what_they_stand_for():
   assert x.dtype == np.float32
   ends = [-128 / 127.5, 0, 127 / 127.5]
   np.testing.assert_allclose(x.ravel()[[0, 128, 255]], ends, rtol=1e-6)
-  again = np.asarray(images.to_pixels(x)).astype(int)
+  again = np.asarray(images.to_pixels(jnp.asarray(x))).astype(int)
   assert np.abs(again - pixels).max() <= 1  # truncated, as published
 
 
