@@ -11,9 +11,9 @@ PACKAGE = pathlib.Path(arflow_jax.__file__).parent
 FLOORS = (
   ("errors",),
   ("config",),
-  ("flow", "nn", "kernels", "parallel"),
+  ("flow", "nn", "kernels"),
   ("arflow", "flowar"),
-  ("branches",),
+  ("branches", "parallel"),
   ("data", "training", "sampling", "metrics", "analysis"),
 )
 SERVICES = FLOORS[-1]
@@ -76,3 +76,10 @@ def test_every_room_is_in_the_picture():
   assert set(FLOOR) <= set(KNOWN)
   folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
   assert folders <= set(FLOOR)
+  mains = {
+    path.name for path in PACKAGE.glob("*.py") if "cli.run(" in path.read_text()
+  }
+  readme = (PACKAGE.parent / "README.md").read_text()
+  picture = readme.split("## What is inside")[1].split("```")[1]
+  for name in {f"{folder}/" for folder in folders} | mains:
+    assert name in picture, name
