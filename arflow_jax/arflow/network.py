@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.kernels import hybrid_attention
-from arflow_jax.nn import layers, patches, stack
+from arflow_jax.nn import attention, layers, patches, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +110,16 @@ class HybridAttention(nnx.Module):
   def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.config = config
     kwargs = dict(use_bias=False, dtype=dtype, rngs=rngs)
-    width = config.width
-    axes = ("embed", "heads")
-    self.q_proj = layers.linear(width, width, axes, **kwargs)
-    self.k_proj = layers.linear(width, width, axes, **kwargs)
-    self.v_proj = layers.linear(width, width, axes, **kwargs)
-    self.gate_proj = layers.linear(width, width, axes, **kwargs)
+    width, heads = config.width, config.num_heads
+    size = width // heads
+    self.q_proj = attention.to_heads(width, heads, size, **kwargs)
+    self.k_proj = attention.to_heads(width, heads, size, **kwargs)
+    self.v_proj = attention.to_heads(width, heads, size, **kwargs)
+    self.gate_proj = attention.to_heads(width, heads, size, **kwargs)
     self.decay_proj = layers.linear(
-      width, config.num_heads, ("embed", None), result=jnp.float32, **kwargs
+      width, heads, ("embed", "heads"), result=jnp.float32, **kwargs
     )
-    self.out_proj = layers.linear(width, width, ("heads", "embed"), **kwargs)
+    self.out_proj = attention.from_heads(heads, size, width, **kwargs)
 
   def __call__(
     self,
@@ -137,6 +137,7 @@ class HybridAttention(nnx.Module):
       opaque_state: see `hybrid_attention`.
     """
     batch, images, tokens, width = u.shape
+    # The operator takes the heads packed, in the order they have here.
     q, k, v, output_gate = (
       proj(u).reshape(batch, images * tokens, width)
       for proj in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
@@ -156,7 +157,8 @@ class HybridAttention(nnx.Module):
       opaque_state=opaque_state,
       implementation=self.config.attention,
     )
-    return self.out_proj(out.reshape(u.shape)), state
+    heads = (self.config.num_heads, width // self.config.num_heads)
+    return self.out_proj(out.reshape(*u.shape[:3], *heads)), state
 
 
 class Block(nnx.Module):

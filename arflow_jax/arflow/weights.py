@@ -35,7 +35,7 @@ def _rows(config: ModelConfig) -> list[published.Row]:
     *linear(attention + "v_proj", theirs + "v_proj", bias=False),
     *linear(attention + "gate_proj", theirs + "g_proj", bias=False),
     *linear(attention + "decay_proj", theirs + "gt_proj", bias=False),
-    *linear(attention + "out_proj", theirs + "out_proj", bias=False),
+    *linear(attention + "out_proj", theirs + "out_proj", bias=False, inputs=2),
     *linear("blocks.mlp.fc1", "blocks.{}.mlp.fc1"),
     *linear("blocks.mlp.fc2", "blocks.{}.mlp.fc2"),
     *linear("blocks.modulation", "blocks.{}.adaLN_modulation.1"),

@@ -19,10 +19,9 @@ from jaxtyping import Array, Float
 from arflow_jax.flowar.layers import (
   GatedFeedForward,
   RMSNorm,
-  attend,
   modulated,
 )
-from arflow_jax.nn import layers, rope, stack
+from arflow_jax.nn import attention, layers, rope, stack
 
 # As published, whatever the transformer has.
 _HEAD = 64  # features of an attention head
@@ -52,17 +51,16 @@ class SelfAttention(nnx.Module):
 
   def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     kwargs = dict(dtype=dtype, rngs=rngs)
-    self.qkv = layers.linear(
-      width, 3 * width, ("embed", "heads"), use_bias=False, **kwargs
+    heads = width // _HEAD
+    self.qkv = attention.to_heads(
+      width, heads, _HEAD, parts=3, use_bias=False, **kwargs
     )
-    self.proj = layers.linear(width, width, ("heads", "embed"), **kwargs)
+    self.proj = attention.from_heads(heads, _HEAD, width, **kwargs)
 
   def __call__(
     self, x: Float[Array, "B n F"], table: rope.Table, lengths: tuple[int, ...]
   ) -> Float[Array, "B n F"]:
-    qkv = self.qkv(x).reshape(*x.shape[:2], 3, -1, _HEAD)
-    q, k, v = (qkv[:, :, i] for i in range(3))
-    q, k = rope.rotate(q, table), rope.rotate(k, table)
+    q, k, v = attention.rotated(self.qkv(x), table)
     return self.proj(_by_scale(q, k, v, lengths))
 
 
@@ -75,19 +73,18 @@ class CrossAttention(nnx.Module):
     kwargs = dict(dtype=dtype, rngs=rngs)
     self.query_norm = RMSNorm(width)
     self.context_norm = RMSNorm(context)
-    self.q = layers.linear(
-      width, width, ("embed", "heads"), use_bias=False, **kwargs
+    heads = width // _HEAD
+    self.q = attention.to_heads(width, heads, _HEAD, use_bias=False, **kwargs)
+    self.kv = attention.to_heads(
+      context, heads, _HEAD, parts=2, use_bias=False, **kwargs
     )
-    self.kv = layers.linear(
-      context, 2 * width, ("embed", "heads"), use_bias=False, **kwargs
-    )
-    self.proj = layers.linear(width, width, ("heads", "embed"), **kwargs)
+    self.proj = attention.from_heads(heads, _HEAD, width, **kwargs)
 
   def keys_and_values(
     self, z: Float[Array, "B n W"], table: rope.Table
   ) -> tuple[Float[Array, "B n H D"], Float[Array, "B n H D"]]:
     """Keys and values of the conditions; they do not change with time."""
-    kv = self.kv(self.context_norm(z)).reshape(*z.shape[:2], 2, -1, _HEAD)
+    kv = self.kv(self.context_norm(z))
     return rope.rotate(kv[:, :, 0], table), kv[:, :, 1]
 
   def __call__(
@@ -97,16 +94,16 @@ class CrossAttention(nnx.Module):
     table: rope.Table,
     lengths: tuple[int, ...],
   ) -> Float[Array, "B n F"]:
-    q = self.q(self.query_norm(x)).reshape(*x.shape[:2], -1, _HEAD)
+    q = self.q(self.query_norm(x))
     return self.proj(_by_scale(rope.rotate(q, table), *kv, lengths))
 
 
 def _by_scale(q, k, v, lengths):
-  """Attention inside each scale; features of the heads packed again."""
+  """Attention inside each scale."""
   cuts = np.cumsum(lengths)[:-1]
   parts = [jnp.split(x, cuts, axis=1) for x in (q, k, v)]
-  out = jnp.concatenate([attend(*scale) for scale in zip(*parts)], axis=1)
-  return out.reshape(*out.shape[:2], -1)
+  scales = [attention.attend(*scale) for scale in zip(*parts)]
+  return jnp.concatenate(scales, axis=1)
 
 
 class Block(nnx.Module):

@@ -2,40 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from arflow_jax.nn import layers
-
-
-def attend(
-  q: Float[Array, "B n H D"],
-  k: Float[Array, "B m H D"],
-  v: Float[Array, "B m H D"],
-  visible: Bool[np.ndarray, "n m"] | None = None,
-  dropout: "Dropout | None" = None,
-) -> Float[Array, "B n H D"]:
-  """Softmax attention, scores and softmax in float32.
-
-  Args:
-    q: queries.
-    k: keys.
-    v: values.
-    visible: which keys a query sees; None stands for all.
-    dropout: of the attention probabilities.
-  """
-  precision = "highest" if q.dtype == jnp.float32 else None
-  kwargs = dict(precision=precision, preferred_element_type=jnp.float32)
-  scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, **kwargs) * q.shape[-1] ** -0.5
-  if visible is not None:
-    scores = jnp.where(jnp.asarray(visible), scores, -jnp.inf)
-  weights = jax.nn.softmax(scores, axis=-1)
-  if dropout:
-    weights = dropout(weights)
-  out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v, **kwargs)
-  return out.astype(v.dtype)
 
 
 class Dropout:

@@ -23,11 +23,10 @@ from arflow_jax.flowar.layers import (
   Dropout,
   GatedFeedForward,
   RMSNorm,
-  attend,
   hidden_features,
   modulated,
 )
-from arflow_jax.nn import layers, rope, stack
+from arflow_jax.nn import attention, layers, rope, stack
 
 # Keys and values of each layer, [L, B, m, H, D], of the encoder and decoder.
 KeysAndValues = tuple[Float[Array, "_ B _ H D"], Float[Array, "_ B _ H D"]]
@@ -130,8 +129,9 @@ class Block(nnx.Module):
     self.modulation = layers.linear(
       width, 6 * width, (None, "embed"), dtype=jnp.float32, rngs=rngs
     )
-    self.qkv = layers.linear(width, 3 * width, ("embed", "heads"), **kwargs)
-    self.proj = layers.linear(width, width, ("heads", "embed"), **kwargs)
+    heads, size = config.num_heads, width // config.num_heads
+    self.qkv = attention.to_heads(width, heads, size, parts=3, **kwargs)
+    self.proj = attention.from_heads(heads, size, width, **kwargs)
     self.mlp = GatedFeedForward(width, config.mlp_ratio, **kwargs)
     self._config, self._dtype = config, dtype
 
@@ -150,16 +150,13 @@ class Block(nnx.Module):
     mod = self.modulation(jax.nn.silu(c))[:, None]
     gate1, gate2, scale1, scale2, shift1, shift2 = jnp.split(mod, 6, axis=-1)
     qkv = self.qkv(modulated(h, shift1, scale1, self._dtype))
-    qkv = qkv.reshape(*h.shape[:2], 3, self._config.num_heads, -1)
-    q, k, v = (qkv[:, :, i] for i in range(3))
-    q, k = rope.rotate(q, table), rope.rotate(k, table)
+    q, k, v = attention.rotated(qkv, table)
     seen_k, seen_v = k, v
     if cache is not None:
       seen_k = jnp.concatenate([cache[0], k], axis=1)
       seen_v = jnp.concatenate([cache[1], v], axis=1)
-    out = attend(q, seen_k, seen_v, visible, dropout or None)
-    out = drop(self.proj(out.reshape(h.shape)))
-    h = h + gate1 * out
+    out = attention.attend(q, seen_k, seen_v, visible, dropout or None)
+    h = h + gate1 * drop(self.proj(out))
     u = modulated(h, shift2, scale2, self._dtype)
     return h + gate2 * self.mlp(u, dropout or None), (k, v)
 

@@ -51,7 +51,7 @@ def _rows(config: ModelConfig) -> list[published.Row]:
     blocks = half + "_blocks.{}."
     rows += [
       *linear(half + ".qkv", blocks + "attn.qkv"),
-      *linear(half + ".proj", blocks + "attn.proj"),
+      *linear(half + ".proj", blocks + "attn.proj", inputs=2),
       *_gated(half + ".mlp", blocks + "mlp"),
       *linear(half + ".modulation", blocks + "ada_lin.1"),
     ]
@@ -75,7 +75,7 @@ def head_rows(ours: str, theirs: str, cross: bool) -> list[published.Row]:
     *linear(ours + "condition_proj", theirs + "cond_embed"),
     *linear(ours + "input_proj", theirs + "input_proj"),
     *linear(block + "attention.qkv", blocks + "attn.qkv", bias=False),
-    *linear(block + "attention.proj", blocks + "attn.proj"),
+    *linear(block + "attention.proj", blocks + "attn.proj", inputs=2),
     *_gated(block + "mlp", blocks + "mlp"),
     *linear(ours + "final_linear", final + "linear"),
     *linear(ours + "final_modulation", final + "adaLN_modulation.1"),
@@ -90,7 +90,7 @@ def head_rows(ours: str, theirs: str, cross: bool) -> list[published.Row]:
     row(block + "cross.context_norm.scale", blocks + "norm2_2.weight"),
     *linear(block + "cross.q", blocks + "crossattn.q", bias=False),
     *linear(block + "cross.kv", blocks + "crossattn.kv", bias=False),
-    *linear(block + "cross.proj", blocks + "crossattn.proj"),
+    *linear(block + "cross.proj", blocks + "crossattn.proj", inputs=2),
   ]
 
 

@@ -7,6 +7,7 @@ Projections carry the names of their axes (`axes` in the variable's metadata:
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,41 +45,61 @@ def check_mlp_ratio(ratio: float, features: Callable[[float], int]) -> None:
 
 
 def linear(
-  inputs: int,
-  outputs: int,
-  axes: tuple[str | None, str | None],
+  inputs: int | tuple[int, ...],
+  outputs: int | tuple[int, ...],
+  axes: tuple[str | None, ...],
   *,
   dtype: DTypeLike,
   rngs: nnx.Rngs,
   use_bias: bool = True,
   init: Initializer = xavier,
   result: DTypeLike | None = None,
-) -> nnx.Linear:
+) -> nnx.LinearGeneral:
   """A projection with float32 parameters and products in `dtype`.
 
   Args:
-    inputs: size of the last axis going in.
-    outputs: size of the last axis coming out.
-    axes: logical names of the kernel's two axes.
+    inputs: size of the last axis going in, or sizes of the last axes.
+    outputs: size of the last axis coming out, or sizes of the last axes.
+    axes: logical names of the kernel's axes, first those going in.
     dtype: type of the matrix product; float32 asks for full precision, which
       accelerators would otherwise round.
     rngs: source of the initial values.
     use_bias: whether a bias, zero at first, is added.
-    init: initial values of the kernel.
+    init: initial values of the kernel, drawn as a matrix whatever its axes.
     result: type of the result where it is not `dtype`.
   """
-  return nnx.Linear(
+  ins = 1 if isinstance(inputs, int) else len(inputs)
+  return nnx.LinearGeneral(
     inputs,
     outputs,
+    axis=tuple(range(-ins, 0)),
     use_bias=use_bias,
+    dot_general=_matrix_product,
     dtype=dtype,
     precision="highest" if dtype == jnp.float32 else None,
     preferred_element_type=result,
     kernel_init=init,
     kernel_metadata={"axes": axes},
-    bias_metadata={"axes": axes[1:]},
+    bias_metadata={"axes": axes[ins:]},
     rngs=rngs,
   )
+
+
+def _matrix_product(
+  x: jax.Array, kernel: jax.Array, dimensions: Any, **kwargs: Any
+) -> jax.Array:
+  """`x` times the kernel as a matrix, whatever its axes; reshapes are free.
+
+  Of a product with more axes, XLA on a CPU transposes the gradient of the
+  kernel, and rounds it otherwise.
+  """
+  (ins, _), _ = dimensions  # the last of x and the first of the kernel
+  lead, outs = x.shape[: -len(ins)], kernel.shape[len(ins) :]
+  x = x.reshape(*lead, math.prod(x.shape[-len(ins) :]))
+  kernel = kernel.reshape(x.shape[-1], math.prod(outs))
+  dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+  product = jax.lax.dot_general(x, kernel, dimensions, **kwargs)
+  return product.reshape(*lead, *outs)
 
 
 def rms_norm(x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:

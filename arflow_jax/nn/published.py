@@ -7,6 +7,7 @@ missing, unexpected or misshapen. It reads arrays only and executes nothing.
 
 import bisect
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,14 +24,17 @@ StateDict = dict[str, Float[np.ndarray, "..."]]
 
 
 class Layout(NamedTuple):
-  """How one array is turned round on the way out and on the way in."""
+  """How one array is turned round on the way out and on the way in.
+
+  What comes in may still lack our cut into axes: only the order of its numbers
+  must be ours.
+  """
 
   out: Callable[[jax.Array], jax.Array]
   back: Callable[[np.ndarray], np.ndarray]
 
 
 SAME = Layout(lambda a: a, lambda a: a)
-TRANSPOSED = Layout(lambda a: a.T, lambda a: a.T)
 
 
 def patch_convolution(patch: int, channels: int) -> Layout:
@@ -53,10 +57,25 @@ class Row(NamedTuple):
   layout: Layout = SAME
 
 
-def linear(ours: str, theirs: str, *, bias: bool = True) -> list[Row]:
-  """The rows of a linear layer."""
-  rows = [Row(f"{ours}.kernel", f"{theirs}.weight", TRANSPOSED)]
-  return [*rows, Row(f"{ours}.bias", f"{theirs}.bias")] if bias else rows
+def linear(
+  ours: str, theirs: str, *, bias: bool = True, inputs: int = 1
+) -> list[Row]:
+  """The rows of a linear layer.
+
+  Args:
+    ours: its path.
+    theirs: its published name.
+    bias: whether it has one.
+    inputs: how many of the kernel's axes go in; the others come out.
+  """
+  matrix = Layout(
+    lambda a: a.reshape(math.prod(a.shape[:inputs]), -1).T, lambda a: a.T
+  )
+  rows = [Row(f"{ours}.kernel", f"{theirs}.weight", matrix)]
+  if bias:
+    vector = Layout(lambda a: a.reshape(-1), lambda a: a)
+    rows.append(Row(f"{ours}.bias", f"{theirs}.bias", vector))
+  return rows
 
 
 def count_layers(state_dict: Mapping[str, Any], name: str) -> int:
@@ -155,8 +174,9 @@ def restore(
     stacked = "{}" in row.theirs
     layers = flat[row.ours].shape[0] if stacked else 1
     names = [row.theirs.format(i) for i in range(layers)]
+    shape = flat[row.ours].shape[1 if stacked else 0 :]
     arrays = [
-      row.layout.back(np.asarray(state_dict[name], np.float32))
+      row.layout.back(np.asarray(state_dict[name], np.float32)).reshape(shape)
       for name in names
     ]
     *path, leaf = row.ours.split(".")

@@ -1,8 +1,8 @@
 """AdamW (arXiv 1711.05101) with the grouping of the published ARFlow recipe.
 
-Weight decay on everything with two or more axes, none on biases; gradients
-clipped by value (published) or by global norm; warm-up, then constant
-(published) or cosine learning rate.
+Weight decay on all but biases and the gains of norms; gradients clipped by
+value (published) or by global norm; warm-up, then constant (published) or
+cosine learning rate.
 """
 
 from typing import Any
@@ -50,14 +50,19 @@ def learning_rate(optimizer: ConfigDict) -> optax.Schedule:
 
 
 def decay_mask(axes: Any) -> Any:
-  """True where weight decay applies: parameters of two or more own axes.
+  """True where weight decay applies: on all but biases and gains of norms.
 
-  The published grouping (ndim >= 2) on unstacked shapes: kernels and embedding
-  tables decay, biases do not. `axes` names each parameter's own axes, without
-  the layer axis that stacking adds.
+  The published grouping, whose parameters of two or more axes decay, by the
+  names of ours: a bias of attention has an axis for its heads here.
+
+  Args:
+    axes: tree of the axes of every parameter.
   """
-  is_leaf = lambda leaf: isinstance(leaf, tuple)
-  return jax.tree.map(lambda names: len(names) >= 2, axes, is_leaf=is_leaf)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path[-1].key not in ("bias", "scale"),
+    axes,
+    is_leaf=lambda leaf: isinstance(leaf, tuple),
+  )
 
 
 def make_optimizer(

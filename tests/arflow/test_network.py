@@ -208,7 +208,7 @@ def test_initial_values_follow_the_published_rules():
   model = ARFlow(GOLDEN, rngs=nnx.Rngs(0))
   q = model.blocks.attention.q_proj.kernel[...]
   bound = np.sqrt(6 / (128 + 128))
-  assert q.shape == (2, 128, 128)
+  assert q.shape == (2, 128, 2, 64)
   assert np.abs(q).max() <= bound
   np.testing.assert_allclose(q.std(), bound / np.sqrt(3), rtol=0.02)
   assert not np.allclose(q[0], q[1])

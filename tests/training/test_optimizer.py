@@ -1,5 +1,6 @@
 """AdamW, its decay groups, clipping and schedules against plain numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -57,14 +58,27 @@ def test_adamw_against_float64(clip):
     np.testing.assert_allclose(ours[k], params[k], atol=1e-6)
 
 
-def test_decay_groups_are_the_published_ones():
-  axes = branches.build(tiny_config()).axes
-  mask = decay_mask(axes)
-  assert mask["blocks"]["attention"]["decay_proj"]["kernel"]
-  assert mask["label_embedding"]["table"]
-  assert mask["patch_embedding"]["kernel"]
-  assert not mask["blocks"]["mlp"]["fc1"]["bias"]
-  assert not mask["final_linear"]["bias"]
+@pytest.mark.parametrize(
+  ("family", "changes"),
+  [("arflow", {}), ("flowar", {"model__cross_attention": True})],
+)
+def test_decay_groups_are_the_published_ones(family, changes):
+  """What has two or more axes in the published layout decays, all else not."""
+  branch = branches.build(tiny_config(family, **changes))
+  abstract = jax.eval_shape(branch.init, jax.random.key(0))
+  marked = jax.tree.map(
+    lambda array, decays: np.full(array.shape, decays, np.float32),
+    abstract,
+    decay_mask(branch.axes),
+  )
+  zeros = jax.tree.map(np.zeros_like, marked)
+  buffers = branch.to_published(zeros)
+  found = branch.to_published(marked)
+  parameters = [name for name in found if not buffers[name].any()]
+  assert len(parameters) > 20
+  for name in parameters:
+    assert found[name].all() == (found[name].ndim >= 2), name
+    assert found[name].any() == found[name].all()
 
 
 def test_schedules():
