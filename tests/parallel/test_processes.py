@@ -1,10 +1,7 @@
 """Rows by sharding, also where a process's rows are scattered."""
 
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
+from tests.job import two_processes
 
 PROGRAM = """
 import jax, numpy as np
@@ -32,39 +30,19 @@ np.testing.assert_array_equal(data, whole[mine])
 process = jax.process_index()
 flags = [processes.agree(flag) for flag in (process == 1, False, True)]
 processes.say("one voice")
-print(process, rows.tolist(), mine.tolist(), flags, flush=True)
+first = processes.common(rows)
+print(process, rows.tolist(), mine.tolist(), first.tolist(), flags)
 """
 
 
 def test_two_processes_with_scattered_rows():
   """Two processes of two devices, in an order that mixes their rows."""
-  environment = {
-    **os.environ,
-    "JAX_NUM_CPU_DEVICES": "2",
-    "JAX_COORDINATOR_ADDRESS": f"localhost:{20_000 + os.getpid() % 20_000}",
-    "JAX_NUM_PROCESSES": "2",
-  }
-  started = [
-    subprocess.Popen(
-      [sys.executable, "-c", PROGRAM],
-      env=environment | {"JAX_PROCESS_ID": str(i)},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  said = [process.communicate(timeout=120) for process in started]
-  assert [process.returncode for process in started] == [0, 0], said
-  first, second = (
-    [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-    for out, _ in said
-  )
+  first, second = two_processes(PROGRAM, devices=2)
   flags = "[True, False, True]"
   ours = "[0, 1, 4, 5]"
-  assert first == ["one voice", f"0 {ours} {ours} {flags}"]
-  ours = "[2, 3, 6, 7]"
-  assert second == [f"1 {ours} {ours} {flags}"]
+  assert first == ["one voice", f"0 {ours} {ours} {ours} {flags}"]
+  theirs, ours = ours, "[2, 3, 6, 7]"
+  assert second == [f"1 {ours} {ours} {theirs} {flags}"]
 
 
 def test_one_process_is_the_case_of_one():
@@ -73,6 +51,7 @@ def test_one_process_is_the_case_of_one():
   assert processes.speaks()
   assert processes.agree(True)
   assert not processes.agree(False)
+  assert processes.common(np.arange(3)).tolist() == [0, 1, 2]
   np.testing.assert_array_equal(processes.rows(sharding, 5), np.arange(5))
   images = np.arange(10).reshape(5, 2)
   array = processes.place(sharding, images, 5)
