@@ -69,13 +69,13 @@ class Branch(Protocol):
 
   @staticmethod
   def from_published(
-    state_dict: Mapping[str, Any], **untold: Any
+    state_dict: Mapping[str, Any], **given: Any
   ) -> tuple[dict[str, Any], Params]:
     """The exact inverse of `to_published`, from the arrays alone.
 
     Args:
       state_dict: arrays (NumPy, or anything NumPy can read) by published name.
-      **untold: settings of the `model` group that a family cannot tell from
+      **given: settings of the `model` group that a family cannot tell from
         the shapes of its weights.
 
     Returns:

@@ -43,6 +43,23 @@ def test_published_weights_make_a_branch_of_their_shapes(name, other, ratio):
     np.testing.assert_array_equal(value, state_dict[key], err_msg=key)
 
 
+def test_what_no_shape_tells_of_a_flowar_is_given_or_stays():
+  config = tiny_config("flowar", model__rope_stretch=5.0)
+  config.model.update(patch_size=2, scales=(1, 2, 4), channels=3)
+  branch = branches.build(config)
+  params = random_params(_abstract(branch))
+  model, back = branches.family("flowar").from_published(
+    branch.to_published(params), patch_size=2
+  )
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+  config.model.update(model)
+  assert branches.build(config).config == branch.config
+  given = branches.family("flowar").from_published(
+    branch.to_published(params), patch_size=2, rope_stretch=7.0
+  )
+  assert given[0]["rope_stretch"] == 7.0
+
+
 @FAMILIES
 def test_the_ratio_changes_the_feed_forward_alone(name, other):
   del other

@@ -119,17 +119,19 @@ def from_published(
   patch_size: int = 1,
   num_heads: int | None = None,
   scales: tuple[int, ...] | None = None,
-  rope_stretch: float = 16.0,
+  rope_stretch: float | None = None,
 ) -> tuple[dict[str, Any], Params]:
   """Published weights as ours, and the sizes inferred from them.
 
   Args:
     state_dict: arrays (NumPy, or anything NumPy can read) by published name.
       Of a training checkpoint, pass its `model_ema` entry.
-    patch_size: pixels along a token; no shape tells it.
+    patch_size: pixels along a token, 1 in the published networks; no shape
+      tells it.
     num_heads: needed only where the rotary frequencies are not there.
     scales: needed only if not doubling sides fit the number of tokens.
-    rope_stretch: range of the rotary positions; no shape tells it.
+    rope_stretch: range of the rotary positions. No shape tells it, and no
+      parameter depends on it: it is returned only where it is given.
 
   Returns:
     What the weights tell of the config's `model` group, and float32 parameters.
@@ -139,7 +141,8 @@ def from_published(
       cannot be told.
   """
   model = _infer(state_dict, patch_size, num_heads, scales)
-  model["rope_stretch"] = rope_stretch
+  if rope_stretch is not None:
+    model["rope_stretch"] = rope_stretch
   config = ModelConfig(**model)
   blueprint = Blueprint(lambda rngs: FlowAR(config, rngs=rngs))
   abstract = jax.eval_shape(blueprint.init, jax.random.key(0))
