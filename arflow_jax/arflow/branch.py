@@ -47,13 +47,14 @@ class ARFlowBranch:
     return objective.velocity_loss(velocity, noisy.velocity)
 
   def settings(self, sample: ConfigDict) -> sampler.Settings:
+    settings = sampler.Settings.from_config(sample)  # checks types
     channels = sample.guidance_channels
     if channels and channels > self.config.channels:
       raise ConfigError(
         f"sample.guidance_channels={channels} exceeds"
         f" model.channels={self.config.channels}"
       )
-    return sampler.Settings.from_config(sample)
+    return settings
 
   def sample(
     self,
