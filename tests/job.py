@@ -1,5 +1,6 @@
 """A job of two processes on this machine."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -21,21 +22,24 @@ def two_processes(program: str, devices: int = 1) -> list[list[str]]:
     "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
     "JAX_NUM_PROCESSES": "2",
   }
-  started = [
-    subprocess.Popen(
-      [sys.executable, "-c", program],
-      env=environment | {"JAX_PROCESS_ID": str(i)},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    said = [process.communicate(timeout=120) for process in started]
-  finally:
-    for process in started:
-      process.kill()
+  with contextlib.ExitStack() as stack:
+    started = [
+      stack.enter_context(
+        subprocess.Popen(
+          [sys.executable, "-c", program],
+          env=environment | {"JAX_PROCESS_ID": str(i)},
+          stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE,
+          text=True,
+        )
+      )
+      for i in range(2)
+    ]
+    try:
+      said = [process.communicate(timeout=120) for process in started]
+    finally:  # one that has failed leaves the other waiting
+      for process in started:
+        process.kill()
   assert [process.returncode for process in started] == [0, 0], said
   return [
     [line for line in out.splitlines() if not line.startswith("[Gloo]")]
