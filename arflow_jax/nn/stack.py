@@ -46,7 +46,7 @@ def build(
   """
 
   @nnx.split_rngs(splits=depth)
-  @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
+  @nnx.vmap
   def stacked(rngs):
     return layer(rngs)
 

@@ -11,18 +11,27 @@ from arflow_jax.nn import published
 ROWS = [
   *published.linear("head", "out"),
   *published.linear("blocks.fc", "blocks.{}.fc", bias=False),
+  *published.linear("blocks.qkv", "blocks.{}.qkv"),
+  *published.linear("blocks.proj", "blocks.{}.proj", bias=False, inputs=2),
   published.Row("patch", "conv.weight", published.patch_convolution(2, 3)),
 ]
 
 
 def _params():
-  keys = jax.random.split(jax.random.key(0), 4)
+  keys = jax.random.split(jax.random.key(0), 7)
   return {
     "head": {
       "kernel": jax.random.normal(keys[0], (4, 6)),
       "bias": jax.random.normal(keys[1], (6,)),
     },
-    "blocks": {"fc": {"kernel": jax.random.normal(keys[2], (11, 4, 5))}},
+    "blocks": {
+      "fc": {"kernel": jax.random.normal(keys[2], (11, 4, 5))},
+      "qkv": {  # parts, heads, features
+        "kernel": jax.random.normal(keys[4], (11, 4, 3, 2, 5)),
+        "bias": jax.random.normal(keys[5], (11, 3, 2, 5)),
+      },
+      "proj": {"kernel": jax.random.normal(keys[6], (11, 2, 5, 4))},
+    },
     "patch": jax.random.normal(keys[3], (12, 7)),
   }
 
@@ -30,9 +39,20 @@ def _params():
 def test_layouts_and_layers_go_out_and_come_back():
   params = _params()
   named = published.export(params, ROWS)
-  assert len(named) == 3 + 11
+  assert len(named) == 3 + 4 * 11
   np.testing.assert_array_equal(
     named["blocks.10.fc.weight"], params["blocks"]["fc"]["kernel"][10].T
+  )
+  # Features of one head stand together, heads of one part as well.
+  blocks, row = params["blocks"], (2 * 2 + 1) * 5 + 3
+  weight, bias = named["blocks.10.qkv.weight"], named["blocks.10.qkv.bias"]
+  np.testing.assert_array_equal(
+    weight[row], blocks["qkv"]["kernel"][10, :, 2, 1, 3]
+  )
+  assert bias[row] == blocks["qkv"]["bias"][10, 2, 1, 3]
+  np.testing.assert_array_equal(
+    named["blocks.10.proj.weight"][:, 5 + 3],
+    blocks["proj"]["kernel"][10, 1, 3],
   )
   # A patch flattened as (row, column, channel) meets conv weight (C, row, col).
   assert named["conv.weight"].shape == (7, 3, 2, 2)
