@@ -49,9 +49,7 @@ def run(implementation):
 wanted = jax.tree.leaves(run("reference"))
 found = {}
 for sizes, axes in (
-  ((4, 1, 2), ("data", "fsdp", "tensor")),
   ((2, 2, 2), ("data", "fsdp", "tensor")),
-  ((4, 2), ("data", "tensor")),
   ((8,), ("data",)),  # more devices than sequences
   ((2, 4), ("data", "tensor")),  # more shards than lane groups
 ):
@@ -81,7 +79,7 @@ def test_shards_give_what_one_device_gives():
   )
   assert done.returncode == 0, done.stderr[-2000:]
   found = json.loads(done.stdout.splitlines()[-1])
-  assert len(found) == 10
+  assert len(found) == 6
   # An explicit name never falls back.
   for name, reason in (
     ("pallas_tpu_interpret (8,)", "batch of 4 does not divide over the 8"),
