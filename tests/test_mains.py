@@ -283,6 +283,7 @@ def test_bench_prints_keeps_and_compares(tmp_path, capsys, monkeypatch):
     "share of its rate",
     "peak memory",
     "input wait",
+    "digits",  # where its batches come from
   ):
     assert row in printed
   assert printed.splitlines()[-1] == str(out)

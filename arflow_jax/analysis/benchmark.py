@@ -22,6 +22,7 @@ from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.analysis import flops
 from arflow_jax.data import pipeline
+from arflow_jax.data.sequences import ClassSequences
 from arflow_jax.errors import ConfigError
 from arflow_jax.training import program as program_lib
 from arflow_jax.training import state
@@ -104,12 +105,17 @@ def measure(
 
 def _train_speed(config: ConfigDict, repeats: int) -> Speed:
   """The whole train step, update included, on random images."""
+  config, source = config.copy_and_resolve_references(), config.data.source
+  if source == "latents":  # no cache of them can be made yet
+    config.data.source, source = "random", "random, for latents"
+  items = pipeline.open_items(config)  # what is wrong there fails first
   program = program_lib.build(config)
   with jax.set_mesh(program.mesh):  # as in the trainer
-    return _step_speed(program, repeats)
+    speed = _step_speed(program, items, repeats)
+  return dataclasses.replace(speed, input_source=source)
 
 
-def _step_speed(program: Program, repeats: int) -> Speed:
+def _step_speed(program: Program, items: ClassSequences, repeats: int) -> Speed:
   config, branch = program.config, program.branch
   current = program.init()
   draw = np.random.default_rng(1)
@@ -129,7 +135,7 @@ def _step_speed(program: Program, repeats: int) -> Speed:
     current, _ = jax.block_until_ready(compiled(current, batch))
 
   times, rates = _in_turn("train", advance, config.model.dtype, repeats)
-  wait, source = _input_wait(compiled, current, program, repeats)
+  wait = _input_wait(compiled, current, program, items, repeats)
   images = config.batch_size * branch.item_shape[0]
   rates = [rate * program.mesh.size for rate in rates]
   return Speed(
@@ -140,7 +146,6 @@ def _step_speed(program: Program, repeats: int) -> Speed:
     rates,
     planned_memory(compiled),
     wait,
-    source,
   )
 
 
@@ -222,15 +227,15 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def _input_wait(
-  compiled: Any, current: state.TrainState, program: Program, repeats: int
-) -> tuple[float, str]:
-  """Mean wait for a batch in a loop like the trainer's, and the data's name."""
+  compiled: Any,
+  current: state.TrainState,
+  program: Program,
+  items: ClassSequences,
+  repeats: int,
+) -> float:
+  """Mean wait for a batch in a loop like the trainer's."""
   config = program.config.copy_and_resolve_references()
-  source = config.data.source
-  if source == "latents":  # no cache of them can be made yet
-    config.data.source, source = "random", "random, for latents"
   config.steps = repeats + 2
-  items = pipeline.open_items(config)
   batches = pipeline.batches(items, config, 0, program.rows)
   waits = []
   for _ in range(repeats + 1):
@@ -240,4 +245,4 @@ def _input_wait(
     # As in the trainer: the next batch is fetched while this step runs.
     current, _ = compiled(current, program.place(batch))
   jax.block_until_ready(current)
-  return statistics.mean(waits[1:]), source  # the first one starts the loader
+  return statistics.mean(waits[1:])  # the first one starts the loader
