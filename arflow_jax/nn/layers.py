@@ -88,17 +88,20 @@ def linear(
 def _matrix_product(
   x: jax.Array, kernel: jax.Array, dimensions: Any, **kwargs: Any
 ) -> jax.Array:
-  """`x` times the kernel as a matrix, whatever its axes; reshapes are free.
+  """The product of two matrices, whatever axes `x` and the kernel have.
 
-  Of a product with more axes, XLA on a CPU transposes the gradient of the
-  kernel, and rounds it otherwise.
+  Reshapes are free. Of a product with more axes, XLA on a CPU transposes the
+  gradient of the kernel by extra passes over memory, and rounds it otherwise.
   """
   (ins, _), _ = dimensions  # the last of x and the first of the kernel
   lead, outs = x.shape[: -len(ins)], kernel.shape[len(ins) :]
-  x = x.reshape(*lead, math.prod(x.shape[-len(ins) :]))
-  kernel = kernel.reshape(x.shape[-1], math.prod(outs))
-  dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-  product = jax.lax.dot_general(x, kernel, dimensions, **kwargs)
+  features = math.prod(kernel.shape[: len(ins)])
+  product = jax.lax.dot_general(
+    x.reshape(math.prod(lead), features),
+    kernel.reshape(features, math.prod(outs)),
+    (((1,), (0,)), ((), ())),
+    **kwargs,
+  )
   return product.reshape(*lead, *outs)
 
 
