@@ -9,6 +9,7 @@ read back by it.
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +49,9 @@ class Shards:
     replace: bool,
   ):
     self.folder, self._count = folder, count
-    manifest = json.loads(json.dumps(manifest))
+    text = json.dumps(manifest)
+    manifest = json.loads(text)
+    self._command = zlib.crc32(text.encode())  # each file names it as well
     fresh = self._is_new(manifest, replace)
     processes.meet()  # no process writes before all have looked
     if fresh and processes.speaks():
@@ -99,7 +102,7 @@ class Shards:
     if processes.speaks():  # one look decides for all
       for path in self._files():
         try:
-          there[_read(path, "indices")] = True
+          there[self._read(path, "indices")] = True
         except _DAMAGE:
           path.unlink()
     # All wait for it here: no process writes a file that is about to go.
@@ -118,7 +121,7 @@ class Shards:
       return
     # In memory first: `savez` goes back in its file, object stores cannot.
     content = io.BytesIO()
-    np.savez(content, indices=indices, images=images)
+    np.savez(content, indices=indices, images=images, command=self._command)
     _write(self.folder / f"{indices[0]:09}.npz", content.getvalue())
 
   def images(self) -> Iterator[UInt8[np.ndarray, "p q K"]]:
@@ -142,7 +145,8 @@ class Shards:
             " --out must lie on a file system that they share"
           )
         try:
-          held |= zip(_read(path, "indices").tolist(), _read(path, "images"))
+          numbers = self._read(path, "indices").tolist()
+          held |= zip(numbers, self._read(path, "images"))
         except _DAMAGE as error:
           path.unlink()
           raise ConfigError(
@@ -167,10 +171,11 @@ class Shards:
     files = [p for p in self.folder.iterdir() if p.suffix == ".npz"]
     return sorted(files, key=lambda path: path.name)
 
-
-def _read(path: epath.Path, name: str) -> np.ndarray:
-  with path.open("rb") as file, np.load(file) as shard:
-    return shard[name]
+  def _read(self, path: epath.Path, name: str) -> np.ndarray:
+    with path.open("rb") as file, np.load(file) as shard:
+      if shard["command"] != self._command:
+        raise ValueError("another command wrote it meanwhile")
+      return shard[name]
 
 
 def _write(path: epath.Path, content: bytes) -> None:

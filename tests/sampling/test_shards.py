@@ -149,6 +149,17 @@ def test_damage_found_at_the_end_is_one_clear_line(tmp_path):
   assert len(shards.missing()) == 10
 
 
+def test_images_of_a_command_that_took_over_are_never_mixed_in(tmp_path):
+  first = _shards(tmp_path)
+  _add(first, 0, 1, 2, 3)
+  second = _shards(tmp_path, MANIFEST | {"seed": 1}, replace=True)
+  _add(second, 0, 1, 2, 3)
+  _add(first, *range(4, 10))
+  for shards in (first, second):
+    with pytest.raises(ConfigError, match="another command wrote it"):
+      list(shards.images())
+
+
 def test_an_image_that_nobody_wrote_is_one_clear_line(tmp_path):
   shards = _shards(tmp_path)
   _add(shards, 0, 1)
