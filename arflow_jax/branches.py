@@ -98,7 +98,7 @@ def build(config: ConfigDict) -> Branch:
   return family(config.branch)(config)
 
 
-def family(name: str) -> type:
+def family(name: str | None) -> type:
   """The class of a family, a `Branch`, by its name in the config.
 
   Raises:

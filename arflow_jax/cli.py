@@ -7,7 +7,6 @@ answer at once.
 """
 
 import ast
-import functools
 import sys
 import types
 from collections.abc import Sequence
@@ -144,20 +143,41 @@ class _TupleParser(flags.ArgumentParser):
     return value if isinstance(value, tuple) else (value,)
 
 
+class _BooleanParser(flags.BooleanParser):
+  """Reads `true` and `false`, with a message for all else."""
+
+  def parse(self, argument: str) -> bool:
+    try:
+      return super().parse(argument)
+    except ValueError:
+      raise ValueError(f"{argument!r} is neither true nor false") from None
+
+
+class _OrNone(flags.ArgumentParser):
+  """Reads `None`, and all that another parser reads."""
+
+  def __init__(self, parser: flags.ArgumentParser):
+    self._parser = parser
+
+  def parse(self, argument: str) -> Any:
+    return None if argument == "None" else self._parser.parse(argument)
+
+
 def _define_key(
   config: ConfigDict, key: str, overrides: flags.FlagValues
 ) -> None:
-  *groups, name = key.split(".")
-  kind = functools.reduce(getattr, groups, config).get_type(name)
-  parsers = {
+  kind = config_lib.key_type(config, key)
+  parser = {
     int: flags.IntegerParser,
     float: flags.FloatParser,
-    bool: flags.BooleanParser,
+    bool: _BooleanParser,
     str: flags.ArgumentParser,
     tuple: _TupleParser,
-  }
+  }[kind]()
+  if config_lib.takes_none(config, key):
+    parser = _OrNone(parser)
   flag = flags.Flag(
-    parsers[kind](), None, f"config.{key}", None, "", boolean=kind is bool
+    parser, None, f"config.{key}", None, "", boolean=kind is bool
   )
   flags.DEFINE_flag(flag, overrides)
 

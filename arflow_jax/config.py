@@ -4,6 +4,7 @@ Config files in `configs/` start from `default_config` and fill in a branch's
 `model` and `sample` groups. Nothing here imports JAX.
 """
 
+import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -14,6 +15,8 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from arflow_jax.errors import ConfigError
+
+KEY_TYPES = (int, float, bool, str, tuple)
 
 # What a relaunch may change; every other key shapes the result and is frozen.
 FREE = (
@@ -92,13 +95,66 @@ def from_file(name: str) -> ConfigDict:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    return module.get_config(*[variant] * bool(colon))
+    config = module.get_config(*[variant] * bool(colon))
   except ConfigError:
     raise
-  except Exception as error:  # whatever a file of the user's may raise
+  except (Exception, SystemExit) as error:  # whatever a user's file may raise
     raise ConfigError(
       f"--config cannot be loaded: {file}: {type(error).__name__}: {error}"
     ) from error
+  _check_form(config, file)
+  return config
+
+
+def _check_form(config: Any, file: str) -> None:
+  """Raises ConfigError unless a file returned every key, of a usable type."""
+  begin = "begin with arflow_jax.config.default_config()"
+  if not isinstance(config, ConfigDict):
+    raise ConfigError(
+      f"--config: get_config of {file} returned"
+      f" {type(config).__name__}, not a ConfigDict; {begin}"
+    )
+  # What every config has: a branch checks the rest of its own two groups.
+  wanted = {*flatten(default_config().to_dict()), "model", "sample.block_size"}
+  if missing := sorted(wanted - flatten(config.to_dict()).keys() - {*config}):
+    raise ConfigError(
+      f"--config: {file} lacks the keys {', '.join(missing)}; {begin}"
+    )
+  for key in flatten(config.to_dict()):
+    if (kind := key_type(config, key)) not in KEY_TYPES:
+      raise ConfigError(
+        f"--config: {key} of {file} is of type {kind.__name__}; use a number, a"
+        " text, a tuple, or config_dict.placeholder(TYPE) for None"
+      )
+
+
+def key_type(config: ConfigDict, key: str) -> type:
+  """The type of a dotted key, also of one that is None now."""
+  *groups, name = key.split(".")
+  return functools.reduce(getattr, groups, config).get_type(name)
+
+
+def takes_none(config: ConfigDict, key: str) -> bool:
+  """Whether a dotted key was made as a placeholder, which may hold None."""
+  *groups, name = key.split(".")
+  group = functools.reduce(getattr, groups, config)
+  fields = dict(group.items(preserve_field_references=True))
+  return isinstance(fields[name], config_dict.FieldReference)
+
+
+def make(kind: type, values: dict[str, Any], group: str) -> Any:
+  """A dataclass from the values of a config group.
+
+  Raises:
+    ConfigError: keys that it lacks or does not know.
+  """
+  names = [field.name for field in dataclasses.fields(kind)]
+  for key in values:
+    if key not in names:
+      raise ConfigError(f"{group}.{key} is unknown{nearest(key, names)}")
+  if missing := [name for name in names if name not in values]:
+    raise ConfigError(f"the config lacks {group}.{f', {group}.'.join(missing)}")
+  return kind(**values)
 
 
 def dumps(config: ConfigDict) -> str:
@@ -198,10 +254,14 @@ def update(group: ConfigDict, overrides: dict[str, Any], name: str) -> None:
       raise ConfigError(f"{name}.{key} is unknown{nearest(key, list(group))}")
     if value is None and group[key] is not None:
       raise ConfigError(f"{name}.{key}=None: it takes a value")
+    kind = type(group[key])
+    if isinstance(value, bool) and kind in (int, float):  # True would be 1
+      raise ConfigError(f"{name}.{key}={value!r}: it takes a number")
     try:
       group[key] = value
     except TypeError as error:
-      raise ConfigError(f"{name}.{key}={value!r}: {error}") from None
+      reason = str(error).splitlines()[0]
+      raise ConfigError(f"{name}.{key}={value!r}: {reason}") from None
 
 
 def probability(name: str, value: float) -> None:

@@ -33,6 +33,8 @@ def main(args: cli.Args) -> None:
     scales = [float(scale) for scale in args.guidance]
   except ValueError as error:
     raise ConfigError(f"--guidance={args.guidance}: {error}") from None
+  if not scales:
+    raise ConfigError("--guidance names no scale; give one, such as 1.5")
   from arflow_jax.metrics import report
   from arflow_jax.sampling import run
 

@@ -107,7 +107,12 @@ USAGE_ERRORS = [
     "--config.optimizer.peak_lr=fast",
   ),
   (train, [CONFIG, "--config.steps=1e5"], "--config.steps=1e5"),
-  (train, [CONFIG, "--config.data.flip=maybe"], "--config.data.flip=maybe"),
+  (train, [CONFIG, "--config.batch_size=None"], "--config.batch_size=None"),
+  (
+    train,
+    [CONFIG, "--config.data.flip=maybe"],
+    "--config.data.flip=maybe: 'maybe' is neither true nor false",
+  ),
   (train, ["--config=configs/arflow.py:digit"], "unknown variant 'digit'"),
   (train, ["--config=nope.py"], "nope.py does not exist"),
   (train, ["--config=README.md"], "README.md is no Python file"),
@@ -172,6 +177,31 @@ ERRORS = [
     "--set=num_steps must look like --set=KEY=VALUE",
   ),
   (
+    sample,
+    [f"--workdir={TINY_RUN}", "--out=absent.png", "--set=block_size=True"],
+    "sample.block_size=True: it takes a number",
+  ),
+  (
+    sample,
+    [f"--workdir={TINY_RUN}", "--out=absent.png", "--set=guidance={}"],
+    "sample.guidance={}: ",
+  ),
+  (sample, ["--workdir=x", "--out=.png"], "--out=.png must end in .png"),
+  *(
+    (
+      train,
+      [CONFIG, "--workdir=x", f"--config.data.source={source}"],
+      f"data.source='{source}' is unknown; choose digits, tfds:NAME or random",
+    )
+    for source in ("digit", "tfds:", "random:3")
+  ),
+  (
+    train,
+    [CONFIG, "--workdir=x", "--config.branch=None"],
+    "branch=None is unknown",
+  ),
+  (evaluate, [f"--workdir={TINY_RUN}", "--guidance="], "names no scale"),
+  (
     evaluate,
     [f"--workdir={TINY_RUN}", "--guidance=1,high"],
     "--guidance=['1', 'high']",
@@ -202,6 +232,38 @@ def test_a_config_file_that_fails_is_one_clear_line(tmp_path, capsys):
   assert cli.execute(train, [f"--config={path}", "--workdir=x"]) == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert "mine.py: NameError: name 'nothing' is not defined" in line
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (
+      "config = config.to_dict()",
+      "returned dict, not a ConfigDict; begin",
+    ),
+    ("config = None", "returned NoneType, not a ConfigDict; begin with"),
+    ("del config.ema, config.log.every", "lacks the keys ema.decay, log.every"),
+    ("del config.model, config.sample", "the keys model, sample.block_size"),
+    ("config.model.kernel = [3]", "model.kernel of {file} is of type list"),
+    (
+      "config.model.kernel = None",
+      "model.kernel of {file} is of type NoneType",
+    ),
+    ("raise SystemExit(3)", "{file}: SystemExit: 3"),
+  ],
+)
+def test_a_config_file_is_checked_for_its_form(
+  tmp_path, capsys, change, message
+):
+  file = tmp_path / "own.py"
+  lines = [f"config = from_file('{CONFIG.partition('=')[2]}').unlock()", change]
+  file.write_text(
+    "from arflow_jax.config import from_file\ndef get_config():\n  "
+    + "\n  ".join([*lines, "return config"])
+  )
+  assert cli.execute(train, [f"--config={file}", "--workdir=x"]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert message.format(file=file) in line
 
 
 @pytest.mark.parametrize(
@@ -236,6 +298,7 @@ def test_values_reach_the_config_with_their_types(monkeypatch):
     "--config.data.dir",
     "123",
     "--config.optimizer.decay_steps=7",
+    "--config.checkpoint.keep_every=None",
     "--workdir=x",
   ]
   assert cli.execute(train, args) == 0
@@ -249,6 +312,7 @@ def test_values_reach_the_config_with_their_types(monkeypatch):
   assert config.sample.scale_steps == (4, 4, 4, 6)
   assert config.data.dir == "123"
   assert config.optimizer.decay_steps == 7
+  assert config.checkpoint.keep_every is None
   # Nothing is left of one call in the next.
   assert other.branch == "arflow"
   assert other.data.flip is False

@@ -25,7 +25,7 @@ class ARFlowBranch:
     model = config.model.to_dict()
     self.label_dropout = model.pop("label_dropout")
     config_lib.probability("model.label_dropout", self.label_dropout)
-    self.config = model = ModelConfig(**model)
+    self.config = model = config_lib.make(ModelConfig, model, "model")
     self.num_classes = model.num_classes
     self.image_shape = (model.image_size, model.image_size, model.channels)
     self.item_shape = (config.data.sequence_length, *self.image_shape)

@@ -45,8 +45,8 @@ def kind(config: ConfigDict) -> Kind:
   Raises:
     ConfigError: an unknown name.
   """
-  name = config.data.source.partition(":")[0]
-  if name not in KINDS:
+  name, _, argument = config.data.source.partition(":")
+  if name not in KINDS or bool(argument) != (name == "tfds"):
     raise ConfigError(
       f"data.source={config.data.source!r} is unknown; choose digits,"
       " tfds:NAME or random"

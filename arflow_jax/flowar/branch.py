@@ -31,7 +31,7 @@ class FlowARBranch:
         " from single images; set it to 1"
       )
     model["scales"] = tuple(model["scales"])
-    self.config = model = ModelConfig(**model)
+    self.config = model = config_lib.make(ModelConfig, model, "model")
     self.num_classes = model.num_classes
     self.image_shape = (model.image_size, model.image_size, model.channels)
     self.item_shape = (1, *self.image_shape)

@@ -180,5 +180,11 @@ class Shards:
 
 def _write(path: epath.Path, content: bytes) -> None:
   part = path.with_name(path.name + ".part")
-  part.write_bytes(content)
-  part.replace(path)
+  try:
+    part.write_bytes(content)
+    part.replace(path)
+  except FileNotFoundError as error:
+    raise ConfigError(
+      f"{path} was removed while it was written: is the same command running"
+      " twice? Let one finish, then repeat this one"
+    ) from error

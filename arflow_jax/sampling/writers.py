@@ -43,7 +43,8 @@ class Layout(NamedTuple):
 def check_output(out: str, overwrite: bool) -> None:
   """Raises ConfigError unless images may be written to `out`. Makes nothing."""
   path = epath.Path(out)
-  if not path.name or path.suffix not in (".png", ".npz", ""):
+  kinds = (".png", ".npz", "")
+  if path.name in kinds or path.suffix not in kinds:
     raise ConfigError(
       f"--out={out} must end in .png (a grid) or .npz, or be a new folder"
     )

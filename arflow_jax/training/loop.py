@@ -46,7 +46,7 @@ def train(config: ConfigDict, workdir: str) -> int:
   checkpoint.keep_config(workdir, config)
   if start >= config.steps:
     processes.say(
-      f"{workdir} is finished: {start} of {config.steps} steps done"
+      f"{workdir} is finished: {start} steps are done, steps={config.steps}"
     )
     return start
   if start:

@@ -137,6 +137,14 @@ def test_what_was_not_written_to_its_end_is_drawn_again(tmp_path, spoil):
   np.testing.assert_array_equal(np.stack(list(shards.images())), IMAGES)
 
 
+def test_a_folder_that_goes_away_is_one_clear_line(tmp_path):
+  """As it does when the same command runs twice and the other finishes."""
+  shards = _shards(tmp_path)
+  _shards(tmp_path).remove()
+  with pytest.raises(ConfigError, match="is the same command running twice"):
+    _add(shards, 0)
+
+
 def test_damage_found_at_the_end_is_one_clear_line(tmp_path):
   shards = _shards(tmp_path)
   _add(shards, *range(10))

@@ -52,7 +52,7 @@ def test_two_and_two_steps_are_four_bit_for_bit(straight, tmp_path):
 def test_a_finished_run_says_so_and_keeps_new_settings(copy, capsys):
   config = tiny_config(sample__num_steps=9, eval__num_samples=10)
   assert loop.train(config, str(copy)) == 4
-  assert "is finished: 4 of 4 steps done" in capsys.readouterr().out
+  assert "is finished: 4 steps are done, steps=4" in capsys.readouterr().out
   restored = run.restore(str(copy)).config
   assert (restored.sample.num_steps, restored.eval.num_samples) == (9, 10)
 
