@@ -170,8 +170,9 @@ def test_published_defaults_make_250_calls_ending_at_one(monkeypatch):
 
 @functools.cache
 def _program(**changes):
-  settings = _settings(num_steps=3, **changes)
-  return jax.jit(lambda k, y: sampler.sample(_model(), k, y, settings))
+  # The model is made here: one made inside the program would hold its tracers.
+  model, settings = _model(), _settings(num_steps=3, **changes)
+  return jax.jit(lambda k, y: sampler.sample(model, k, y, settings))
 
 
 def _draw(keys=KEYS, labels=LABELS, **changes):
