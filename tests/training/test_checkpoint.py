@@ -85,10 +85,13 @@ def test_weights_alone_make_a_run(weights, tmp_path):
   restored = run.restore(workdir)
   assert restored.step == 0
   jax.tree.map(np.testing.assert_array_equal, restored.params, params)
-  begun = stored_state(config, workdir)
+  # Weights that no draw from the seed would give.
+  moved, elsewhere = jax.tree.map(lambda x: x + 1, params), tmp_path / "moved"
+  checkpoint.save_weights(str(elsewhere), config, moved)
+  begun = stored_state(config, elsewhere)
   assert int(begun.step) == 0
-  jax.tree.map(np.testing.assert_array_equal, begun.params, params)
-  jax.tree.map(np.testing.assert_array_equal, begun.ema, params)
+  jax.tree.map(np.testing.assert_array_equal, begun.params, moved)
+  jax.tree.map(np.testing.assert_array_equal, begun.ema, moved)
   assert loop.train(config, workdir) == 4
   # And it is the run that the same weights would have made from the seed.
   assert loop.train(config, str(tmp_path / "seed")) == 4
