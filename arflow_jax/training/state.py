@@ -100,6 +100,15 @@ def item_keys(seed: int, step: Int[Array, ""], rows: int) -> Key[Array, "B"]:
   return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
 
 
+def average(ema: Any, params: Any, decay: float) -> Any:
+  """The exponential moving average after one more step: `e + (1-d)(p - e)`.
+
+  Not `d e + (1-d) p`, the published form: in float32 its two coefficients sum
+  to 1 - 1.7e-8 at d = 0.9999, and the average shrinks by 1.6e-4 in time.
+  """
+  return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+
+
 def make_train_step(
   branch: Branch, tx: optax.GradientTransformation, config: ConfigDict
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -134,7 +143,7 @@ def make_train_step(
     loss, grads = compute(state.params, batch, keys)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    ema = average(state.ema, params, decay)
     state = TrainState(
       step=state.step + 1, params=params, ema=ema, opt_state=opt_state
     )

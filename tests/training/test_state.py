@@ -38,6 +38,28 @@ def test_a_state_can_begin_with_given_weights():
     np.testing.assert_array_equal(a, b)
 
 
+def test_the_average_keeps_its_weight_over_many_steps():
+  """Parameters that wander and shake, against the same average in float64."""
+  decay, steps = 0.9999, 100_000
+  start = np.random.RandomState(0).standard_normal(200) * 0.02
+  start = start.astype(np.float32)
+
+  def step(i, ema):
+    shake = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (200,))
+    params = (start * (1 + i / steps) + 0.001 * shake).astype(np.float32)
+    exact, own = ema
+    exact = decay * exact + (1 - decay) * params.astype(exact.dtype)
+    return exact, state.average(own, params, decay)
+
+  with jax.enable_x64(True):
+    run = jax.jit(lambda ema: jax.lax.fori_loop(0, steps, step, ema))
+    exact, own = run((start.astype(np.float64), start))
+  assert (exact.dtype, own.dtype) == (np.float64, np.float32)
+  exact, own = np.asarray(exact), np.asarray(own, np.float64)
+  assert abs(own @ exact / (exact @ exact) - 1) < 1e-6
+  np.testing.assert_allclose(own, exact, rtol=1e-4, atol=1e-6)
+
+
 def test_ema_follows_the_parameters():
   _, current, step, batch = _setup(ema__decay=0.75)
   before = jax.tree.map(np.array, current.params)
