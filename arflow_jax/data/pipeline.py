@@ -6,7 +6,7 @@ number of processes or loader workers.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import signal
 
 import grain
 import numpy as np
@@ -15,6 +15,8 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from arflow_jax.data import sequences, sources
+
+_AHEAD = 8  # batches that are made before they are asked for
 
 
 def open_items(config: ConfigDict) -> sequences.ClassSequences:
@@ -36,8 +38,10 @@ def batches(
   config: ConfigDict,
   start: int,
   rows: Int[np.ndarray, "n"],
-) -> Iterator[dict[str, np.ndarray]]:
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
   """Yields some rows of the batches of steps start, start + 1, ...
+
+  Close it, so that threads and processes end.
 
   Args:
     items: what `open_items` returned.
@@ -50,14 +54,25 @@ def batches(
   stop = max(config.steps, start)
   dataset = grain.MapDataset.range(start * len(rows), stop * len(rows))
   dataset = dataset.map(local).batch(len(rows))
+  # In batches, in each process: grain's own default would hold 500 of them.
+  options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=_AHEAD)
   if config.data.workers == 0:
-    # In batches: grain's own default would hold 500 of them.
-    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     return iter(dataset.to_iter_dataset(options))
   if not flags.FLAGS.is_parsed():  # loader processes want parsed flags
     flags.FLAGS.mark_as_parsed()
-  options = grain.MultiprocessingOptions(num_workers=config.data.workers)
-  return iter(dataset.to_iter_dataset().mp_prefetch(options))
+  workers = grain.MultiprocessingOptions(num_workers=config.data.workers)
+  loaded = dataset.to_iter_dataset(options)
+  return iter(loaded.mp_prefetch(workers, worker_init_fn=_begin_worker))
+
+
+def _begin_worker(index: int, count: int) -> None:
+  """Leaves Ctrl-C, which the console sends to all, to the process that trains.
+
+  Args:
+    index: of this loader process.
+    count: loader processes in all.
+  """
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclasses.dataclass(frozen=True)
