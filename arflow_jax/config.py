@@ -18,9 +18,13 @@ from arflow_jax.errors import ConfigError
 
 KEY_TYPES = (int, float, bool, str, tuple)
 
-# What a relaunch may change; every other key shapes the result and is frozen.
+# What a relaunch may change: what shapes no result, or by rounding alone, so
+# that a run can move to other hardware. Every other key is frozen.
 FREE = (
   "steps",
+  "model.remat",
+  "model.attention",
+  "optimizer.accumulation",
   "data.dir",
   "data.workers",
   "mesh",

@@ -27,7 +27,7 @@ class ClassSequences:
   def __init__(self, source: Source, length: int, seed: int, flip: bool):
     if length < 1:
       raise ConfigError(f"data.sequence_length={length} must be at least 1")
-    self._source, self._length = source, length
+    self.source, self._length = source, length
     self._seed, self._flip = seed, flip
     classes = range(len(source.class_names))
     self._members = [np.flatnonzero(source.labels == c) for c in classes]
@@ -45,7 +45,7 @@ class ClassSequences:
     chosen = rng.choice(self._members[label], self._length, replace=False)
     mirror = (rng.random(self._length) < 0.5) & self._flip
     images = [
-      self._source.get(int(i), bool(flag), own)
+      self.source.get(int(i), bool(flag), own)
       for i, flag, own in zip(chosen, mirror, rng.spawn(self._length))
     ]
     return {"images": np.stack(images), "labels": np.int32(label)}

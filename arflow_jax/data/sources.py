@@ -7,7 +7,7 @@ reads a TensorFlow Datasets directory in ArrayRecord form, without TensorFlow;
 
 import pathlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -163,6 +163,16 @@ def _mirrored(
   image: Float[np.ndarray, "h w C"], mirror: bool
 ) -> Float[np.ndarray, "h w C"]:
   return image[:, ::-1] if mirror else image
+
+
+def fingerprint(source: Source) -> dict[str, Any]:
+  """What tells one data set from another, as JSON can hold it.
+
+  Returns:
+    `classes`, the name of each, and `images`, how many each has.
+  """
+  counts = np.bincount(source.labels, minlength=len(source.class_names))
+  return {"classes": list(source.class_names), "images": counts.tolist()}
 
 
 def open_source(config: ConfigDict, split: Split) -> Source:

@@ -6,6 +6,7 @@ asynchronous. Where the newest checkpoint cannot be read, the newest good one is
 used. Weights alone make a run too: a checkpoint that holds only averages.
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -105,13 +106,52 @@ class Checkpoints:
 
 def keep_config(workdir: str, config: ConfigDict) -> None:
   """Writes the config of a launch to `WORKDIR/config.json`."""
+  _keep_text(workdir, "config.json", config_lib.dumps(config))
+
+
+def check_data(workdir: str, found: dict[str, Any]) -> None:
+  """Refuses other data than a run began with, in `WORKDIR/data.json`.
+
+  Keeps `found` there where the run has none: a new one, or one of an earlier
+  version.
+
+  Args:
+    workdir: the run's directory.
+    found: what `data.sources.fingerprint` returned.
+
+  Raises:
+    ConfigError: the run began with other data.
+  """
+  path = listing.folder(workdir).parent / "data.json"
+  now = list(zip(found["classes"], found["images"]))
+  was = None
+  if path.exists():
+    try:
+      kept = json.loads(path.read_text())
+      was = list(zip(kept["classes"], kept["images"]))
+    except (ValueError, KeyError, TypeError):
+      logging.warning("%s is damaged: it is written anew", path)
+  if was is None:
+    _keep_text(workdir, "data.json", json.dumps(found))
+  elif was != now:
+    pairs = itertools.zip_longest(was, now)
+    old, new = next((a, b) for a, b in pairs if a != b)
+    raise ConfigError(
+      f"data.dir holds other data than {workdir} began with: of its classes"
+      f" (name, images) the first that differs is {new}, was {old}; give the"
+      " data.dir of that data, or choose another --workdir"
+    )
+
+
+def _keep_text(workdir: str, name: str, text: str) -> None:
+  """Writes a file of a run, as a whole, from one process."""
   if not processes.speaks():
     return
   folder = listing.folder(workdir).parent
   folder.mkdir(parents=True, exist_ok=True)
-  part = folder / "config.json.part"
-  part.write_text(config_lib.dumps(config) + "\n")
-  part.replace(folder / "config.json")
+  part = folder / f"{name}.part"
+  part.write_text(text + "\n")
+  part.replace(folder / name)
 
 
 def load_weights(

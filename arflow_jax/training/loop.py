@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
-from arflow_jax.data import pipeline
+from arflow_jax.data import pipeline, sources
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
 from arflow_jax.training import checkpoint, listing, telemetry
@@ -43,6 +43,7 @@ def train(config: ConfigDict, workdir: str) -> int:
   saver = checkpoint.Checkpoints(workdir, config)
   state = saver.restore(program.abstract_state, program.init)
   start = int(state.step) if state else 0
+  checkpoint.check_data(workdir, sources.fingerprint(items.source))
   checkpoint.keep_config(workdir, config)
   if start >= config.steps:
     processes.say(

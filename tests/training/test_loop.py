@@ -67,6 +67,30 @@ def test_data_that_cannot_be_read_fails_before_a_state_is_made(
   assert not (tmp_path / "new").exists()
 
 
+def test_what_changes_rounding_alone_may_change(copy):
+  """A run that moves to other hardware."""
+  moved = tiny_config(
+    steps=5,
+    model__remat="full",
+    model__attention="reference",
+    optimizer__accumulation=2,
+  )
+  assert loop.train(moved, str(copy)) == 5
+
+
+def test_other_data_is_refused(copy):
+  kept = json.loads((copy / "data.json").read_text())
+  assert kept["classes"] == [*"0123456789"]
+  assert sum(kept["images"]) == 1400
+  kept["images"][3] += 1
+  (copy / "data.json").write_text(json.dumps(kept))
+  with pytest.raises(ConfigError, match=r"data\.dir holds other .* \('3', 14"):
+    loop.train(tiny_config(steps=5), str(copy))
+  (copy / "data.json").unlink()  # as a run of an earlier version
+  assert loop.train(tiny_config(steps=5), str(copy)) == 5
+  assert (copy / "data.json").exists()
+
+
 def test_progress_and_metrics(straight):
   lines = (straight / "metrics.jsonl").read_text().splitlines()
   records = [json.loads(line) for line in lines]
