@@ -16,8 +16,8 @@ def define(flags: cli.Flags) -> None:
   flags.config()
   flags.define("list", "what", "train,sample", "Programs to time.")
   flags.define("integer", "repeats", 10, "Timed calls of each.", lower_bound=10)
-  flags.define("string", "out", None, "X.json to keep the figures in.")
-  flags.define("string", "compare", None, "X.json of another run, for ratios.")
+  flags.define("path", "out", None, "X.json to keep the figures in.")
+  flags.define("path", "compare", None, "X.json of another run, for ratios.")
   flags.define("bool", "overwrite", False, "Replace an existing output.")
 
 

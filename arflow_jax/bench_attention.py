@@ -57,7 +57,7 @@ def define(flags: cli.Flags) -> None:
     "Its batch sizes, on 256 chips.",
   )
   flags.config("configs/arflow.py:imagenet256-xl2")
-  flags.define("string", "out", None, "X.json to keep the figures in.")
+  flags.define("path", "out", None, "X.json to keep the figures in.")
   flags.define("bool", "overwrite", False, "Replace an existing output.")
 
 

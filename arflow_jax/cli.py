@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
+from arflow_jax import paths
 from arflow_jax.errors import ConfigError
 
 Args = types.SimpleNamespace  # the value of every flag, by its name
@@ -28,6 +29,7 @@ class Flags:
     self._values = flags.FlagValues()
     self._values.set_gnu_getopt()  # keeps parsing after an unknown argument
     self._required: list[str] = []
+    self._paths: list[str] = []
     flags.DEFINE_bool(
       "help", False, "", short_name="h", flag_values=self._values
     )
@@ -45,13 +47,17 @@ class Flags:
     """Defines a flag.
 
     Args:
-      kind: what follows `DEFINE_` in absl's names, such as "integer".
+      kind: what follows `DEFINE_` in absl's names, such as "integer"; or
+        "path", a text that may begin with `~`.
       name: of the flag.
       default: its value where it is not given.
       text: what `--help` says of it.
       required: whether it must be given, and not be empty.
       **limits: what else absl takes, such as `lower_bound`.
     """
+    if kind == "path":
+      self._paths.append(name)
+      kind = "string"
     make = getattr(flags, f"DEFINE_{kind}")
     make(
       name=name,
@@ -66,12 +72,12 @@ class Flags:
   def config(self, default: str | None = None) -> None:
     """Defines `--config=FILE.py:VARIANT`, its keys `--config.key=value`."""
     text = "Config file and variant, e.g. configs/arflow.py:digits."
-    self.define("string", "config", default, text, required=default is None)
+    self.define("path", "config", default, text, required=default is None)
 
   def workdir(self) -> None:
     """Defines the required `--workdir`."""
     text = "Directory of the run: checkpoints, metrics, samples."
-    self.define("string", "workdir", None, text, required=True)
+    self.define("path", "workdir", None, text, required=True)
 
   def help(self) -> str:
     """One line a flag."""
@@ -93,6 +99,8 @@ class Flags:
     """
     rest = self._values(["", *argv], known_only=True)
     args = Args(**self._values.flag_values_dict())
+    for name in self._paths:
+      setattr(args, name, paths.expand(getattr(args, name) or "") or None)
     if args.help:
       return None
     config = None

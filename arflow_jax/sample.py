@@ -14,7 +14,7 @@ from arflow_jax import cli
 def define(flags: cli.Flags) -> None:
   flags.workdir()
   flags.define(
-    "string",
+    "path",
     "out",
     None,
     "X.png (grid), X.npz or a folder of PNGs.",

@@ -139,7 +139,18 @@ ERRORS = [
     ["--step_batch=100"],
     "--step_batch=100 is not a multiple of 256",
   ),
-  (train, [*flags(), "--workdir=README.md"], "README.md"),
+  (train, [CONFIG, "--workdir=README.md"], "README.md is a file; move it away"),
+  (
+    train,
+    [CONFIG, "--workdir=README.md/x"],
+    "--workdir=README.md/x cannot be written",
+  ),
+  (bench, [CONFIG, "--out=README.md/x.json"], "--out=README.md/x.json cannot"),
+  (
+    bench_attention,
+    ["--out=README.md/x.json"],
+    "--out=README.md/x.json cannot",
+  ),
   (train, [CONFIG, "--workdir=x", "--config.seed=-1"], "seed=-1"),
   (
     train,
@@ -224,6 +235,19 @@ def test_bad_input_is_one_clear_line(code, main, args, message, capsys):
   (line,) = err.splitlines()
   assert line.startswith("error: ")
   assert message in line
+
+
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  seen = []
+  monkeypatch.setattr(loop, "train", lambda *args: seen.append(args[1]))
+  assert cli.execute(train, [CONFIG, "--workdir=~/runs/x"]) == 0
+  assert seen == [str(tmp_path / "runs" / "x")]
+  args = ["--workdir=~/none", "--out=~/x.txt"]
+  assert cli.execute(sample, args) == 1
+  assert f"--out={tmp_path}/x.txt must end in" in capsys.readouterr().err
+  assert cli.execute(train, ["--config=~/c.py", "--workdir=x"]) == 2
+  assert f"{tmp_path}/c.py does not exist" in capsys.readouterr().err
 
 
 def test_a_config_file_that_fails_is_one_clear_line(tmp_path, capsys):

@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
+from arflow_jax import paths
 from arflow_jax.analysis import benchmark
 from arflow_jax.analysis.benchmark import Speed
 from arflow_jax.errors import ConfigError
@@ -90,8 +91,11 @@ def check_output(path: str, overwrite: bool) -> None:
   """Raises ConfigError unless `path` ends in .json and may be written."""
   if not path.endswith(".json"):
     raise ConfigError(f"--out={path} must end in .json")
+  if pathlib.Path(path).is_dir():
+    raise ConfigError(f"--out={path} is a folder; give the name of a file")
   if pathlib.Path(path).exists() and not overwrite:
     raise ConfigError(f"--out={path} exists; give --overwrite to replace it")
+  paths.check_writable("--out", path)
 
 
 def read(path: str) -> dict[str, Any]:

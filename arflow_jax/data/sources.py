@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
+from arflow_jax import paths
 from arflow_jax.errors import ConfigError
 
 Split = Literal["train", "heldout"]
@@ -113,6 +114,7 @@ class Tfds:
   def __init__(self, name: str, directory: str | None, split: Split):
     import tensorflow_datasets as tfds
 
+    directory = paths.expand(directory) if directory else None
     if not directory or not pathlib.Path(directory).is_dir():
       raise ConfigError(
         f"data.dir={directory!r} is not a directory; give the TFDS data"

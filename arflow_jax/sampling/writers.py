@@ -4,7 +4,6 @@ Each is written from images that come one by one, so that their number does not
 matter, and takes its place only when it is whole.
 """
 
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from etils import epath
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from arflow_jax import paths
 from arflow_jax.errors import ConfigError
 
 _GAP = 4  # pixels between tiles
@@ -61,13 +61,7 @@ def check_output(out: str, overwrite: bool) -> None:
           f"--out={out} holds {entry.name}, which is no image of ours: it is"
           " not replaced; choose another folder"
         )
-  if "://" not in out:  # a bucket tells when something is written to it
-    parent = next(p for p in path.resolve().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-      raise ConfigError(
-        f"--out={out} cannot be written: {parent} is no folder that this user"
-        " may write to"
-      )
+  paths.check_writable("--out", out)
 
 
 def check_layout(out: str, layout: Layout) -> None:

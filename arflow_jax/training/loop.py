@@ -7,6 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
+from arflow_jax import paths
 from arflow_jax.data import pipeline, sources
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
@@ -33,6 +34,7 @@ def train(config: ConfigDict, workdir: str) -> int:
     FloatingPointError: a loss or gradient that is not finite.
   """
   processes.start()
+  paths.check_workdir(workdir)
   _check(config)
   if listing.steps(workdir):
     stored = listing.read_config(workdir)

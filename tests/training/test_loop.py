@@ -91,6 +91,15 @@ def test_other_data_is_refused(copy):
   assert (copy / "data.json").exists()
 
 
+@pytest.mark.parametrize("name", ["run", "run/checkpoints"])
+def test_a_file_in_the_way_is_found_at_the_start(tmp_path, monkeypatch, name):
+  monkeypatch.setattr(program_lib, "build", None)
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / name).touch()
+  with pytest.raises(ConfigError, match=f"{name} is a file; move it away"):
+    loop.train(tiny_config(), str(tmp_path / "run"))
+
+
 def test_progress_and_metrics(straight):
   lines = (straight / "metrics.jsonl").read_text().splitlines()
   records = [json.loads(line) for line in lines]
