@@ -268,6 +268,12 @@ def update(group: ConfigDict, overrides: dict[str, Any], name: str) -> None:
       raise ConfigError(f"{name}.{key}={value!r}: {reason}") from None
 
 
+def check_seed(name: str, seed: int) -> None:
+  """Raises ConfigError unless random keys tell `seed` from all others."""
+  if not 0 <= seed < 2**32:
+    raise ConfigError(f"{name}={seed} must lie between 0 and {2**32 - 1}")
+
+
 def probability(name: str, value: float) -> None:
   """Raises ConfigError unless `value` lies in [0, 1)."""
   if not 0 <= value < 1:

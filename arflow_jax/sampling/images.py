@@ -6,6 +6,7 @@ whichever images are asked for with it. The rows of a block are split over all
 devices of a mesh and stay there until somebody fetches them.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt8, UInt32
 from ml_collections import ConfigDict
 
+from arflow_jax import config as config_lib
 from arflow_jax.branches import Branch
 from arflow_jax.data import sources
 from arflow_jax.errors import ConfigError
@@ -59,7 +61,9 @@ class Block(NamedTuple):
     return processes.whole(self.images)[: len(self.indices)]
 
 
-def image_keys(seed: int, indices: Int[Array, "B"]) -> Key[Array, "B"]:
+def image_keys(
+  seed: int | UInt32[Array, ""], indices: Int[Array, "B"]
+) -> Key[Array, "B"]:
   """The key from which all the noise of each image is drawn."""
   key = jax.random.key(seed)
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
@@ -117,7 +121,7 @@ class Generator:
     image_shape: of a decoded image, `[p, q, K]`.
 
   Raises:
-    ConfigError: a block without an image.
+    ConfigError: a block without an image, or a seed out of range.
   """
 
   def __init__(
@@ -133,17 +137,14 @@ class Generator:
   ):
     if block_size < 1:
       raise ConfigError(f"sample.block_size={block_size} must be at least 1")
+    config_lib.check_seed("seed", seed)
     self.settings = settings
     self._branch, self._params, self._mesh = branch, params, mesh
+    self._seed = np.uint32(seed)
     self._rows = -(-block_size // mesh.size) * mesh.size
     drawn = jax.ShapeDtypeStruct((1, *branch.image_shape), jnp.float32)
     self.image_shape = jax.eval_shape(decode, drawn).shape[1:]
-
-    def draw(params, block):
-      keys = image_keys(seed, block["indices"])
-      return decode(branch.sample(params, keys, block["labels"], settings))
-
-    self._draw = jax.jit(draw, out_shardings=mesh_lib.batch_sharding(mesh))
+    self._draw = _program(branch, settings, mesh, decode)
 
   def blocks(
     self,
@@ -177,8 +178,21 @@ class Generator:
       local = {k: np.resize(x, self._rows)[mine] for k, x in real.items()}
       block = processes.place(sharding, local, self._rows)
       with jax.set_mesh(self._mesh):  # kernels split themselves over it
-        images = self._draw(self._params, block)
+        images = self._draw(self._params, block, self._seed)
       yield Block(**real, images=images)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(
+  branch: Branch, settings: Any, mesh: Mesh, decode: Decode
+) -> Callable[..., UInt8[Array, "b p q K"]]:
+  """The compiled drawing of a block, one for all generators that agree."""
+
+  def draw(params, block, seed):
+    keys = image_keys(seed, block["indices"])
+    return decode(branch.sample(params, keys, block["labels"], settings))
+
+  return jax.jit(draw, out_shardings=mesh_lib.batch_sharding(mesh))
 
 
 def check_labels(

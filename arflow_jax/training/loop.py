@@ -136,9 +136,11 @@ class _Metrics:
 
 
 def _check(config: ConfigDict) -> None:
-  for key in ("seed", "data.workers"):
-    if (value := config_lib.flatten(config.to_dict())[key]) < 0:
-      raise ConfigError(f"{key}={value} must not be negative")
+  config_lib.check_seed("seed", config.seed)
+  if config.data.workers < 0:
+    raise ConfigError(
+      f"data.workers={config.data.workers} must not be negative"
+    )
   config_lib.positive(
     config,
     "steps",

@@ -68,6 +68,8 @@ def test_one_program_under_the_mesh_serves_every_block():
   assert not jax.sharding.get_abstract_mesh().axis_names  # ours is not theirs
   list(blocks)
   list(generator.blocks([3], np.array([5])))
+  # Another generator of the same settings compiles nothing, whatever its seed.
+  list(_generator(branch, seed=2**32 - 1).blocks([3]))
   (mesh,) = branch.meshes
   assert mesh.axis_names == ("data", "fsdp")  # kernels read it
 
@@ -227,6 +229,12 @@ def test_labels_that_are_no_classes_are_refused_at_once(labels, named):
 
 def test_the_label_after_the_last_means_none():
   assert images.check_labels([10], 10).tolist() == [10]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_would_draw_what_another_draws_is_refused(seed):
+  with pytest.raises(ConfigError, match=rf"seed={seed} must lie between 0 and"):
+    _generator(seed=seed)
 
 
 def test_a_block_needs_an_image():
