@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib.util
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -17,6 +18,50 @@ from ml_collections import ConfigDict, config_dict
 from arflow_jax.errors import ConfigError
 
 KEY_TYPES = (int, float, bool, str, tuple)
+
+# What the numbers of the shared keys must be; the mesh checks its own.
+_RULES = (
+  (
+    "must be positive",
+    lambda x: x > 0,
+    (
+      "steps",
+      "batch_size",
+      "data.sequence_length",
+      "optimizer.peak_lr",
+      "optimizer.decay_steps",
+      "optimizer.eps",
+      "optimizer.clip_threshold",
+      "optimizer.accumulation",
+      "checkpoint.every",
+      "checkpoint.keep",
+      "checkpoint.keep_every",
+      "eval.num_samples",
+      "sample.block_size",
+      "log.every",
+    ),
+  ),
+  (
+    "must not be negative",
+    lambda x: x >= 0,
+    ("data.workers", "optimizer.warmup_steps", "optimizer.weight_decay"),
+  ),
+  (
+    "must lie in [0, 1)",
+    lambda x: 0 <= x < 1,
+    ("optimizer.b1", "optimizer.b2", "ema.decay"),
+  ),
+  (
+    "must lie in [0, 1]",
+    lambda x: 0 <= x <= 1,
+    ("optimizer.final_fraction",),
+  ),
+  (
+    "is more than a counter of 32 bits can hold",
+    lambda x: x < 2**31,
+    ("steps", "batch_size", "optimizer.warmup_steps", "optimizer.decay_steps"),
+  ),
+)
 
 # What a relaunch may change: what shapes no result, or by rounding alone, so
 # that a run can move to other hardware. Every other key is frozen.
@@ -280,9 +325,18 @@ def probability(name: str, value: float) -> None:
     raise ConfigError(f"{name}={value} must lie in [0, 1)")
 
 
-def positive(config: ConfigDict, *keys: str) -> None:
-  """Raises ConfigError unless each dotted key holds a number above zero."""
-  flat = flatten(config.to_dict())
-  for key in keys:
-    if not flat[key] > 0:
-      raise ConfigError(f"{key}={flat[key]} must be positive")
+def check(config: ConfigDict) -> None:
+  """Raises ConfigError unless the numbers of the shared keys can work.
+
+  The branch checks those of `model` and `sample`, but that none is infinite or
+  not a number is seen here.
+  """
+  flat = {k: v for k, v in flatten(config.to_dict()).items() if v is not None}
+  for key, value in flat.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ConfigError(f"{key}={value} must be a finite number")
+  check_seed("seed", config.seed)
+  for rule, allows, keys in _RULES:
+    for key in keys:
+      if key in flat and not allows(flat[key]):
+        raise ConfigError(f"{key}={flat[key]} {rule}")

@@ -98,7 +98,7 @@ def measure(
       raise ConfigError(
         f"--what={name} is unknown; choose from {','.join(PROGRAMS)}"
       )
-  config_lib.positive(config, "batch_size", "sample.block_size")
+  config_lib.check(config)
   programs = {"train": _train_speed, "sample": _sample_speed}
   return {name: programs[name](config, repeats) for name in what}
 

@@ -6,7 +6,6 @@ only, an inheritance from DiT; a limited interval follows arXiv 2404.07724.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow.solvers import Velocity
+
+_LARGEST = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,10 @@ class Guidance:
 
   def __post_init__(self):
     low, high = self.interval
-    if not 0 <= self.scale < math.inf:
+    if not 0 <= self.scale <= _LARGEST:
       raise ConfigError(
-        f"sample.guidance={self.scale} must not be negative, and finite"
+        f"sample.guidance={self.scale} must not be negative, and at most"
+        f" {_LARGEST}: samples of more are noise, or overflow"
       )
     if not 0 <= low <= high <= 1:
       raise ConfigError(

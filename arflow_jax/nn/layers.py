@@ -37,10 +37,10 @@ def check_mlp_ratio(ratio: float, features: Callable[[float], int]) -> None:
     ratio: of its width to that of a token.
     features: hidden features that a ratio gives.
   """
-  if not 0 < ratio < math.inf or features(ratio) < 1:
+  if not 0 < ratio <= 1000 or features(ratio) < 1:
     raise ConfigError(
-      f"model.mlp_ratio={ratio} must be positive and give the feed-forward at"
-      " least one hidden feature; published networks have 4"
+      f"model.mlp_ratio={ratio} must be positive, at most 1000, and give the"
+      " feed-forward at least one hidden feature; published networks have 4"
     )
 
 

@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from arflow_jax import config as config_lib
 from arflow_jax import paths
 from arflow_jax.data import pipeline, sources
-from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
 from arflow_jax.training import checkpoint, listing, telemetry
 from arflow_jax.training import program as program_lib
@@ -35,7 +34,6 @@ def train(config: ConfigDict, workdir: str) -> int:
   """
   processes.start()
   paths.check_workdir(workdir)
-  _check(config)
   if listing.steps(workdir):
     stored = listing.read_config(workdir)
     config_lib.check_relaunch(stored, config, workdir)
@@ -133,21 +131,3 @@ class _Metrics:
     return {
       k: sum(float(v[k]) for v in values) / len(values) for k in values[0]
     }
-
-
-def _check(config: ConfigDict) -> None:
-  config_lib.check_seed("seed", config.seed)
-  if config.data.workers < 0:
-    raise ConfigError(
-      f"data.workers={config.data.workers} must not be negative"
-    )
-  config_lib.positive(
-    config,
-    "steps",
-    "batch_size",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "log.every",
-    "sample.block_size",
-    "eval.num_samples",
-  )

@@ -11,7 +11,6 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from arflow_jax.config import positive
 from arflow_jax.errors import ConfigError
 
 
@@ -25,10 +24,6 @@ def learning_rate(optimizer: ConfigDict) -> optax.Schedule:
     ConfigError: an unknown schedule, or a cosine without its end.
   """
   peak, warmup = optimizer.peak_lr, optimizer.warmup_steps
-  if not 0 <= optimizer.final_fraction <= 1:
-    raise ConfigError(
-      f"optimizer.final_fraction={optimizer.final_fraction} must lie in [0, 1]"
-    )
   if optimizer.schedule == "constant":
     after = optax.constant_schedule(peak)
   elif optimizer.schedule == "cosine":
@@ -77,7 +72,6 @@ def make_optimizer(
   Raises:
     ConfigError: an unknown schedule or clip, or a value out of range.
   """
-  positive(ConfigDict({"optimizer": optimizer}), "optimizer.peak_lr")
   clips = {
     "none": lambda threshold: optax.identity(),
     "value": optax.clip,

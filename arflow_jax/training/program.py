@@ -17,6 +17,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from arflow_jax import branches
+from arflow_jax import config as config_lib
 from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.parallel import processes
 from arflow_jax.training import optimizer, state
@@ -72,6 +73,7 @@ def build(
   Raises:
     ConfigError: settings that cannot work, alone or on these devices.
   """
+  config_lib.check(config)
   branch = branches.build(config)
   mesh = mesh_lib.make_mesh(config.mesh, devices)
   mesh_lib.check_batch(mesh, config.batch_size, config.optimizer.accumulation)

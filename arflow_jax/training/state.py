@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
-from arflow_jax import config as config_lib
 from arflow_jax.branches import Branch
 from arflow_jax.parallel import mesh as mesh_lib
 
@@ -118,7 +117,6 @@ def make_train_step(
   after the update.
   """
   parts, decay = config.optimizer.accumulation, config.ema.decay
-  config_lib.probability("ema.decay", decay)
 
   def loss_and_grads(params, batch, keys):
     mean = lambda params: jnp.mean(branch.loss(params, batch, keys))
