@@ -7,6 +7,7 @@ answer at once.
 """
 
 import ast
+import os
 import sys
 import types
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
-from arflow_jax import paths
+from arflow_jax import console, paths
 from arflow_jax.errors import ConfigError
 
 Args = types.SimpleNamespace  # the value of every flag, by its name
@@ -198,7 +199,9 @@ def execute(module: types.ModuleType, argv: Sequence[str]) -> int:
     argv: its arguments, without a program's name before them.
 
   Returns:
-    The exit code: 0 done, 1 an error, 2 a usage error, 130 interrupted.
+    The exit code: 0 finished; STOPPED (42) stopped with the state saved, where
+    the same command goes on; 1 an error that a restart will not mend; 2 a usage
+    error; 130 interrupted.
   """
   own = Flags()
   module.define(own)
@@ -207,20 +210,24 @@ def execute(module: types.ModuleType, argv: Sequence[str]) -> int:
   except (flags.Error, ValueError) as error:
     return _fail(error, 2)
   if args is None:
-    print(f"{module.__doc__.strip()}\n\n{own.help()}")
+    console.say(f"{module.__doc__.strip()}\n\n{own.help()}")
     return 0
   try:
-    module.main(args)
+    code = module.main(args)
   except (ConfigError, FloatingPointError, OSError) as error:
     return _fail(error, 1)
   except KeyboardInterrupt:
     return _fail("interrupted", 130)
-  return 0
+  return code or 0
 
 
 def run(name: str) -> None:
   """Executes the main of this name with the program's arguments and exits."""
-  sys.exit(execute(sys.modules[name], sys.argv[1:]))
+  code = execute(sys.modules[name], sys.argv[1:])
+  if code == 130:  # programs may still run on threads that an exit would crash
+    console.say("")
+    os._exit(code)
+  sys.exit(code)
 
 
 def _fail(error: object, code: int) -> int:

@@ -7,6 +7,7 @@ command again resumes from the newest checkpoint.
 """
 
 from arflow_jax import cli
+from arflow_jax.errors import STOPPED
 
 
 def define(flags: cli.Flags) -> None:
@@ -14,10 +15,12 @@ def define(flags: cli.Flags) -> None:
   flags.workdir()
 
 
-def main(args: cli.Args) -> None:
+def main(args: cli.Args) -> int:
   from arflow_jax.training import loop
 
-  loop.train(args.config, args.workdir)
+  if loop.train(args.config, args.workdir) < args.config.steps:
+    return STOPPED
+  return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(arflow_jax.__file__).parent
 # the services, which may as long as there is no circle.
 FLOORS = (
   ("errors",),
-  ("config", "paths"),
+  ("config", "paths", "console"),
   ("flow", "nn", "kernels"),
   ("arflow", "flowar"),
   ("branches", "parallel"),

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from jaxtyping import Int
 
+from arflow_jax import console
 from arflow_jax.errors import ConfigError
 
 
@@ -49,7 +50,7 @@ def speaks() -> bool:
 def say(text: str) -> None:
   """Prints a line, from one process alone."""
   if speaks():
-    print(text, flush=True)
+    console.say(text)
 
 
 def agree(flag: bool) -> bool:

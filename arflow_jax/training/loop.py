@@ -18,8 +18,9 @@ from arflow_jax.training import stop as stop_lib
 def train(config: ConfigDict, workdir: str) -> int:
   """Trains until `config.steps`, resuming from the newest checkpoint.
 
-  SIGTERM or SIGINT saves after the step in progress and returns; a second
-  SIGINT stops at once.
+  SIGTERM saves after the step in progress and returns. SIGINT saves too, and
+  then raises KeyboardInterrupt; a second one raises it at once. Before the
+  first step there is nothing to save: a signal ends the process there.
 
   Args:
     config: the full config; see `config.FREE` for what a relaunch may change.
@@ -34,6 +35,14 @@ def train(config: ConfigDict, workdir: str) -> int:
   """
   processes.start()
   paths.check_workdir(workdir)
+  with stop_lib.Stop() as stop:
+    step = _train(config, workdir, stop)
+  if stop.interrupted and step < config.steps:
+    raise KeyboardInterrupt
+  return step
+
+
+def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
   if listing.steps(workdir):
     stored = listing.read_config(workdir)
     config_lib.check_relaunch(stored, config, workdir)
@@ -56,31 +65,44 @@ def train(config: ConfigDict, workdir: str) -> int:
   _announce(program)
   images = config.batch_size * config.data.sequence_length
   metrics = _Metrics(workdir, listing.steps(workdir))
-  batches = pipeline.batches(items, config, start, program.rows)
+  saved = start
   with (
     jax.set_mesh(program.mesh),  # kernels split themselves over it
-    stop_lib.Stop() as stop,  # until the last checkpoint is on disk
+    contextlib.closing(
+      pipeline.batches(items, config, start, program.rows)
+    ) as batches,
     contextlib.closing(saver),
     telemetry.Telemetry(workdir, start, config.steps, images) as log,
   ):
     for step in range(start + 1, config.steps + 1):
-      state, latest = program.step(state, program.place(next(batches)))
+      try:
+        batch = next(batches)
+      except Exception:
+        if step - 1 > saved:  # what the data did is no fault of these steps
+          metrics.flush()
+          saver.save(step - 1, state)
+        raise
+      state, latest = program.step(state, program.place(batch))
       metrics.add(step, latest)
       done = step == config.steps or stop.decided()
       save = done or step % config.checkpoint.every == 0
       first = step == start + 1
       if first or save or step % config.log.every == 0:
-        log.report(step, metrics.flush())  # raises where one is not finite
+        means = metrics.flush()  # raises where one is not finite
+        if save:  # first of all: a disk that takes no report may take this
+          saver.save(step, state)
+          saved = metrics.last_good = step
+        if first:
+          stop.begin()
+        log.report(step, means)
       if first:
         log.start_clock(step)
-      if save:
-        saver.save(step, state)
-        metrics.last_good = step
       if done:
         break
   if step < config.steps:
     processes.say(
-      f"stopped on request after step {step}, saved; relaunch to go on"
+      f"stopped on request after step {step}, saved; start the same command"
+      " again to go on"
     )
   else:
     processes.say(
@@ -109,6 +131,9 @@ class _Metrics:
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
     self._pending.append((step, metrics))
+    # The host runs two steps ahead of the devices, no more: a stop comes soon.
+    if len(self._pending) > 2:
+      jax.block_until_ready(self._pending[-3])
 
   def flush(self) -> dict[str, float]:
     """Means since the last call.
@@ -116,6 +141,8 @@ class _Metrics:
     Raises:
       FloatingPointError: a value that is not finite, naming its step.
     """
+    if not self._pending:
+      return {}
     values = jax.device_get([metrics for _, metrics in self._pending])
     for (step, _), metrics in zip(self._pending, values):
       for name, value in metrics.items():

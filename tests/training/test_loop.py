@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from arflow_jax.errors import ConfigError
+from arflow_jax.data import pipeline
+from arflow_jax.errors import STOPPED, ConfigError
 from arflow_jax.sampling import run
-from arflow_jax.training import checkpoint, listing, loop
+from arflow_jax.training import checkpoint, listing, loop, telemetry
 from arflow_jax.training import program as program_lib
 from tests.tiny import flags, stored_state, tiny_config
 
@@ -238,10 +239,63 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
         process.send_signal(signal.SIGTERM)
         break
     seen += process.stdout.read()
-  assert process.returncode == 0, seen
+  assert process.returncode == STOPPED, seen
   assert "stopped on request after step" in seen
   (step,) = listing.steps(str(tmp_path))
   assert loop.train(tiny_config(steps=step + 1), str(tmp_path)) == step + 1
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path):
+  """While the step compiles; the process does not wait for that."""
+  with _train(tmp_path, *flags(model__depth=12)) as process:
+    for line in process.stdout:
+      if "compiling" in line:
+        process.send_signal(signal.SIGTERM)
+        break
+    said = process.stdout.read()
+  assert process.returncode == STOPPED
+  assert "nothing is lost, start the same command again" in said
+  assert "step 1" not in said
+
+
+def test_a_read_error_saves_what_was_done(tmp_path, monkeypatch):
+  real = pipeline.batches
+
+  def fails(items, config, start, rows):
+    batches = real(items, config, start, rows)
+
+    class Failing:
+      close = batches.close
+
+      def __next__(self):
+        batch = next(batches)
+        self.seen = getattr(self, "seen", 0) + 1
+        if self.seen == 4:
+          raise OSError("the disk does not answer")
+        return batch
+
+    return Failing()
+
+  monkeypatch.setattr(pipeline, "batches", fails)
+  config = tiny_config(checkpoint__every=100)
+  with pytest.raises(OSError, match="does not answer"):
+    loop.train(config, str(tmp_path))
+  assert listing.steps(str(tmp_path)) == [3]
+  monkeypatch.undo()
+  assert loop.train(config, str(tmp_path)) == 4
+
+
+def test_a_report_that_cannot_be_written_comes_after_the_checkpoint(
+  tmp_path, monkeypatch
+):
+  def full(self, step, metrics):
+    if step == 2:
+      raise OSError("No space left on device")
+
+  monkeypatch.setattr(telemetry.Telemetry, "report", full)
+  with pytest.raises(OSError, match="No space"):
+    loop.train(tiny_config(), str(tmp_path))
+  assert listing.steps(str(tmp_path)) == [2]
 
 
 def test_any_mesh_trains_alike_and_resumes_anywhere(straight, tmp_path):
