@@ -4,7 +4,12 @@
 #
 #   bash launch/local.sh
 #   bash launch/local.sh --config=configs/arflow.py:digits --workdir=runs/x
+#
+# A relative workdir lies in the folder where the command is typed. The exit code
+# is the trainer's (42: stopped and saved, the same command goes on), or 130
+# after Ctrl-C.
 set -euo pipefail
+typed_in=$PWD
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 config=configs/arflow.py:digits
@@ -27,19 +32,30 @@ while [ $# -gt 0 ]; do
   shift
 done
 
+case $workdir in
+  /* | *://* | '~'*) ;;
+  *) workdir=$typed_in/$workdir ;;
+esac
+file=${config%%:*}
+case $file in
+  /* | '~'*) ;;
+  *) [ ! -f "$typed_in/$file" ] || config=$typed_in/$config ;;
+esac
+
 # In the background, so that a signal to this script reaches the trainer, which
 # saves before it stops; nothing is drawn then.
 .venv/bin/python -m arflow_jax.train --config="$config" --workdir="$workdir" \
   ${rest[@]+"${rest[@]}"} &
 trainer=$!
-stopped=
-trap 'stopped=1; kill -TERM "$trainer" 2>/dev/null' TERM INT
-code=0
-wait "$trainer" || code=$?
-if [ -n "$stopped" ]; then
-  wait "$trainer" || true
-  exit 130
-fi
+interrupted=''
+trap 'again=1; kill -TERM "$trainer" 2>/dev/null' TERM
+trap 'again=1 interrupted=1; kill -TERM "$trainer" 2>/dev/null' INT
+again=1
+while [ -n "$again" ]; do  # a trap ends a wait without the trainer's code
+  again='' code=0
+  wait "$trainer" || code=$?
+done
+[ -z "$interrupted" ] || exit 130
 [ "$code" -eq 0 ] || exit "$code"
 trap - TERM INT
 

@@ -15,7 +15,14 @@ case "$*" in
     mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/ruff
     ;;
   "-c "*) [ -z "${OLD:-}" ] || exit 1 ;;
-  *arflow_jax.train*) exit "${TRAIN_CODE:-0}" ;;
+  *arflow_jax.train*)
+    if [ -n "${SIGNAL:-}" ]; then
+      trap 'exit 42' TERM
+      kill -"$SIGNAL" "$PPID"
+      for _ in $(seq 100); do sleep 0.1; done
+    fi
+    exit "${TRAIN_CODE:-0}"
+    ;;
 esac
 """
 
@@ -42,6 +49,7 @@ def launch(repo, tmp_path):
     done = subprocess.run(
       ["bash", str(repo / "launch" / script), *args],
       env=paths | environment,
+      cwd=ROOT,
       capture_output=True,
       text=True,
       check=False,
@@ -62,8 +70,9 @@ def test_installs_once_trains_and_draws(launch):
   assert done.returncode == 0, done.stderr
   assert _installed(calls) == ["."]
   train, sample = calls.splitlines()[-2:]
-  assert "--config=configs/arflow.py:digits --workdir=runs/digits" in train
-  assert "--out=runs/digits/samples.png" in sample
+  here = f"{ROOT}/runs/digits"
+  assert f"--config={ROOT}/configs/arflow.py:digits --workdir={here}" in train
+  assert f"--out={here}/samples.png" in sample
   done, calls = launch()
   assert _installed(calls) == []
   assert "venv" not in calls
@@ -111,13 +120,31 @@ def test_the_test_command_checks_and_runs_what_is_asked_for(launch):
 def test_arguments_reach_the_trainer(launch):
   _, calls = launch("--workdir", "runs/a b", "--config.optimizer.peak_lr=1e-3")
   train, sample = calls.splitlines()[-2:]
-  assert "--workdir=runs/a b --config.optimizer.peak_lr=1e-3" in train
-  assert "--workdir=runs/a b" in sample
+  assert f"--workdir={ROOT}/runs/a b --config.optimizer.peak_lr=1e-3" in train
+  assert f"--workdir={ROOT}/runs/a b" in sample
 
 
-def test_nothing_is_drawn_after_a_failed_training(launch):
-  done, calls = launch(TRAIN_CODE="1")
-  assert done.returncode == 1
+@pytest.mark.parametrize("workdir", ["/x/y", "~/x", "gs://bucket/x"])
+def test_a_whole_path_stays_as_it_is(launch, workdir):
+  _, calls = launch(f"--workdir={workdir}", "--config=own.py")
+  train = calls.splitlines()[-2]
+  assert f"--config=own.py --workdir={workdir}" in train
+
+
+@pytest.mark.parametrize("code", [1, 2, 42])
+def test_nothing_is_drawn_unless_training_is_finished(launch, code):
+  done, calls = launch(TRAIN_CODE=str(code))
+  assert done.returncode == code
+  assert "arflow_jax.sample" not in calls
+
+
+@pytest.mark.parametrize(("number", "code"), [("TERM", 42), ("INT", 130)])
+def test_a_signal_reaches_the_trainer_and_its_code_comes_back(
+  launch, number, code
+):
+  # The stand-in sends it to the script, its parent, and stops as trainers do.
+  done, calls = launch(TRAIN_CODE="42", SIGNAL=number)
+  assert done.returncode == code, done.stderr
   assert "arflow_jax.sample" not in calls
 
 
