@@ -13,6 +13,7 @@ import tempfile
 from arflow_jax import cli
 from arflow_jax.errors import ConfigError
 
+_LARGEST = 65_536  # of any number of tokens, images or items
 _NUMBERS = {"tokens": "256,64", "images": "5,1", "step_batch": "256"}
 
 
@@ -79,7 +80,13 @@ def _numbers(args: cli.Args, flag: str) -> list[int]:
       f"--{flag}={','.join(values)} must be positive whole numbers, such as"
       f" --{flag}={_NUMBERS[flag]}"
     )
-  return [int(value) for value in values]
+  numbers = [int(value) for value in values]
+  if max(numbers) > _LARGEST:
+    raise ConfigError(
+      f"--{flag}={max(numbers)} is more than this benchmark times; at most"
+      f" {_LARGEST}"
+    )
+  return numbers
 
 
 def _report(args: cli.Args, dump: str | None) -> None:
@@ -92,7 +99,7 @@ def _report(args: cli.Args, dump: str | None) -> None:
     bench_report.check_output(args.out, args.overwrite)
   tokens, images, batches = (_numbers(args, flag) for flag in _NUMBERS)
   static.check_step(args.config, batches)
-  for size in args.sizes:
+  for size in args.sizes or [""]:
     if size not in cases.PUBLISHED_HEADS:
       raise ConfigError(
         f"--sizes={size} is unknown; choose from {list(cases.PUBLISHED_HEADS)}"

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
-from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 
 Params = dict[str, Any]
@@ -105,7 +104,8 @@ def family(name: str | None) -> type:
     ConfigError: an unknown branch.
   """
   if name not in _BRANCHES:
-    hint = config_lib.nearest(str(name), list(_BRANCHES))
-    raise ConfigError(f"branch={name!r} is unknown{hint}")
+    raise ConfigError(
+      f"branch={name!r} is unknown; choose from {list(_BRANCHES)}"
+    )
   module, attribute = _BRANCHES[name].split(":")
   return getattr(importlib.import_module(module), attribute)

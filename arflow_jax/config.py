@@ -285,10 +285,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(key: str, known: list[str]) -> str:
-  """A hint naming the known key most like an unknown one, or nothing."""
+  """A hint naming the known key most like an unknown one, if any is near."""
   tail = key.rpartition(".")[2]  # `lr` is nearer to `peak_lr` than to `clip`
-  likely = [name for name in known if tail in name.rpartition(".")[2]] or known
-  matches = difflib.get_close_matches(key, likely, n=1, cutoff=0.0)
+  likely = [name for name in known if tail in name.rpartition(".")[2]]
+  matches = difflib.get_close_matches(
+    key, likely or known, n=1, cutoff=0.0 if likely else 0.6
+  )
   return f"; did you mean {matches[0]}?" if matches else ""
 
 

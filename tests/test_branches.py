@@ -84,5 +84,7 @@ def test_added_keys_are_keys_of_the_config(name, other):
 
 
 def test_an_unknown_family_is_refused_by_name():
-  with pytest.raises(ConfigError, match=r"branch='flwar'.*did you mean flowar"):
+  with pytest.raises(
+    ConfigError, match=r"branch='flwar'.*choose from .*flowar"
+  ):
     branches.family("flwar")

@@ -95,7 +95,7 @@ USAGE_ERRORS = [
     [CONFIG, "--config.optimzer.peak_lr", "1"],
     "--config.optimzer.peak_lr; did you mean optimizer.peak_lr?",
   ),
-  (train, [CONFIG, "--config.foo=1"], "--config.foo; did you"),
+  (train, [CONFIG, "--config.foo=1"], "unknown config key --config.foo"),
   (
     train,
     [CONFIG, "--optimizer.peak_lr=1"],
@@ -129,6 +129,8 @@ ERRORS = [
     ["--sizes=XXL"],
     "--sizes=XXL is unknown; choose from ['S', 'B', 'L', 'XL']",
   ),
+  (bench_attention, ["--sizes="], "--sizes= is unknown; choose from ['S', 'B'"),
+  (bench_attention, ["--tokens=99999999"], "--tokens=99999999 is more than"),
   (
     bench_attention,
     ["--tokens=many"],
@@ -197,6 +199,11 @@ ERRORS = [
     [f"--workdir={TINY_RUN}", "--out=absent.png", "--set=guidance={}"],
     "sample.guidance={}: ",
   ),
+  (
+    sample,
+    ["--workdir=x", "--out=x.npz", "--per_label=100000000000"],
+    "--per_label=100000000000 of 10 labels is more than 10,000,000 images",
+  ),
   (sample, ["--workdir=x", "--out=.png"], "--out=.png must end in .png"),
   *(
     (
@@ -235,6 +242,11 @@ def test_bad_input_is_one_clear_line(code, main, args, message, capsys):
   (line,) = err.splitlines()
   assert line.startswith("error: ")
   assert message in line
+
+
+def test_a_hint_only_where_something_is_near(capsys):
+  assert cli.execute(train, [CONFIG, "--bogus=1", "--workdir=x"]) == 2
+  assert capsys.readouterr().err == "error: unknown flag --bogus\n"
 
 
 def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch, capsys):

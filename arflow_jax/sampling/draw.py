@@ -8,9 +8,12 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
 from arflow_jax.sampling import images, run, writers
 from arflow_jax.sampling.shards import Shards
+
+_LARGEST = 10_000_000  # images in one output
 
 
 def sample_to_file(
@@ -46,6 +49,11 @@ def sample_to_file(
   """
   writers.check_output(out, overwrite)
   classes = images.parse_labels(labels)
+  if len(classes) * per_label > _LARGEST:
+    raise ConfigError(
+      f"--per_label={per_label} of {len(classes)} labels is more than"
+      f" {_LARGEST:,} images; draw fewer, or with several --seed"
+    )
   restored = run.restore(workdir)
   null = restored.branch.num_classes
   every = np.repeat(images.check_labels(classes, null), per_label)
