@@ -5,8 +5,10 @@ once and keeps to the console and `metrics.jsonl`.
 """
 
 import json
+import math
 import os
 import time
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -33,7 +35,7 @@ class Telemetry:
     if processes.speaks():
       folder = epath.Path(workdir)
       folder.mkdir(parents=True, exist_ok=True)
-      self._file = (folder / "metrics.jsonl").open("a")
+      self._file = _Records(folder / "metrics.jsonl", start)
       self._writer = _tensorboard(folder)
     self._total, self._images = total, images_per_step
     self._first = self._last = start
@@ -58,8 +60,7 @@ class Telemetry:
     self._clock, self._last = now, step
     processes.say(line)
     if self._file:
-      self._file.write(json.dumps({"step": step} | metrics) + "\n")
-      self._file.flush()
+      self._file.add({"step": step} | metrics)
     if self._writer:
       self._writer.write_scalars(step, metrics)
 
@@ -67,9 +68,51 @@ class Telemetry:
     return self
 
   def __exit__(self, *_):
-    for output in (self._file, self._writer):
-      if output:
-        output.close()
+    if self._writer:
+      self._writer.close()
+
+
+class _Records:
+  """A file of one JSON record a line, in which each step stands once.
+
+  Records of steps that a launch is about to repeat are left out, and so is a
+  line that a crash cut off. Object stores can neither append nor truncate:
+  there the file is written anew with each record.
+
+  Args:
+    path: of the file, made anew at once.
+    start: steps done before this launch.
+  """
+
+  def __init__(self, path: epath.Path, start: int):
+    self._path = path
+    kept = path.read_text().splitlines() if path.exists() else []
+    self._lines = [line for line in kept if _step(line) <= start]
+    self._whole = "://" in str(path)
+    if self._lines != kept:
+      self._write()
+
+  def add(self, record: dict[str, Any]) -> None:
+    line = json.dumps(record)
+    if self._whole:
+      self._lines.append(line)
+      self._write()
+    else:
+      with self._path.open("a") as file:
+        file.write(line + "\n")
+
+  def _write(self):
+    part = self._path.with_name(self._path.name + ".part")
+    part.write_text("".join(line + "\n" for line in self._lines))
+    part.replace(self._path)
+
+
+def _step(line: str) -> int | float:
+  """The step of a record; infinite where it is none."""
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, TypeError, KeyError):
+    return math.inf
 
 
 def _duration(seconds: float) -> str:

@@ -53,6 +53,20 @@ def test_a_run_can_live_in_a_bucket(bucket):
   assert list((bucket / "here").iterdir()) == []
 
 
+@pytest.mark.parametrize("workdir", ["run", "bucket://name/run"])
+def test_a_reader_of_the_metrics_sees_each_step_once(bucket, workdir):
+  loop.train(tiny_config(log__every=1, steps=3), workdir)
+  # As after a crash in step 4: the checkpoint that is left is that of step 2.
+  (epath.Path(workdir) / "checkpoints" / "3").rmtree()
+  path = epath.Path(workdir) / "metrics.jsonl"
+  before = path.read_text().splitlines()
+  path.write_text("\n".join([*before, '{"step": 4, "lo']))
+  loop.train(tiny_config(log__every=1), workdir)
+  records = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [record["step"] for record in records] == [1, 2, 3, 4]
+  assert records[2]["loss"] == json.loads(before[2])["loss"]
+
+
 def test_a_bucket_is_never_a_local_folder():
   folder = listing.folder("gs://name/run")
   assert str(folder) == "gs://name/run/checkpoints"
