@@ -37,6 +37,14 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+  """A failed read is tried again at once."""
+  from arflow_jax.training import listing
+
+  monkeypatch.setattr(listing, "PAUSES", (0.0, 0.0))
+
+
 def _folder(variable: str) -> pathlib.Path:
   value = os.environ.get(variable)
   if not value:

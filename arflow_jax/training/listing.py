@@ -5,6 +5,7 @@ be read is left alone here; only a trainer sets it aside.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
+
+PAUSES = (1.0, 5.0)  # seconds before a failed read is tried again
+# How JAX and tensorstore name what is no fault of a file.
+_OF_THE_WORLD = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 def folder(workdir: str, *, make: bool = False) -> epath.Path:
@@ -77,13 +82,20 @@ def newest_good(
     bad, reason = [], ""
     for step in reversed(listed):
       try:
-        loaded = jax.block_until_ready(load(where / str(step)))
+        loaded = _patiently(load, where / str(step))
       except ConfigError:
         raise  # the checkpoint is sound, what is asked of it is not
       except Exception as error:  # Orbax and tensorstore raise many kinds
         if not (where / str(step)).exists():
           continue  # a training run has removed it in the meantime
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if not _is_damage(error):
+          raise ConfigError(
+            f"{where / str(step)} could not be read in"
+            f" {len(PAUSES) + 1} tries ({reason}), which does not mean that it"
+            " is damaged: nothing was changed; start the same command again"
+            " when the cause is gone"
+          ) from error
         logging.warning(
           "checkpoint %s cannot be read (%s); trying the one before",
           where / str(step),
@@ -102,6 +114,38 @@ def newest_good(
     f"none of the checkpoints in {where} can be read (steps {bad[::-1]};"
     f" {reason}); restore one from a copy or choose another --workdir"
   )
+
+
+def _patiently(load: Callable[[epath.Path], Any], path: epath.Path) -> Any:
+  """What `load` returns; after a failure, again after each of the pauses."""
+  for pause in PAUSES:
+    try:
+      return jax.block_until_ready(load(path))
+    except ConfigError:
+      raise
+    except Exception as error:
+      if not path.exists():
+        raise
+      reason = f"{type(error).__name__}: {error}".splitlines()[0]
+      logging.warning(
+        "reading %s failed (%s); again in %g s", path, reason, pause
+      )
+      time.sleep(pause)
+  return jax.block_until_ready(load(path))
+
+
+def _is_damage(error: Exception) -> bool:
+  """Whether a failed read tells of the checkpoint, and not of the world.
+
+  Files that are missing, cut off or not what they should be are damage. A disk
+  or a network that does not answer, and too little memory, are none.
+  """
+  if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+    return True
+  if isinstance(error, (OSError, MemoryError)):
+    return False
+  text = str(error)
+  return not any(sign in text for sign in _OF_THE_WORLD)
 
 
 def set_aside(path: epath.Path) -> None:

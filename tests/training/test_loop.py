@@ -147,6 +147,45 @@ def test_a_half_written_checkpoint_falls_back(straight, copy, damage, caplog):
   assert _same(stored_state(config, copy), stored_state(config, straight))
 
 
+def test_one_failed_read_costs_nothing(straight, copy, monkeypatch, caplog):
+  real, fails = checkpoint._load, [OSError(5, "Input/output error")]
+
+  def load(*args):
+    if fails:
+      raise fails.pop()
+    return real(*args)
+
+  monkeypatch.setattr(checkpoint, "_load", load)
+  config = tiny_config(steps=5)
+  assert loop.train(config, str(copy)) == 5
+  assert "again in 0 s" in caplog.text
+  names = {path.name for path in (copy / "checkpoints").iterdir()}
+  assert names >= {"4", "5"}
+  assert not any("unreadable" in name for name in names)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(5, "Input/output error"),
+    MemoryError(),
+    ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"),
+  ],
+)
+def test_a_read_that_keeps_failing_sets_nothing_aside(copy, monkeypatch, error):
+  def load(*args):
+    raise error
+
+  monkeypatch.setattr(checkpoint, "_load", load)
+  before = sorted(path.name for path in (copy / "checkpoints").iterdir())
+  with pytest.raises(
+    ConfigError, match=r"4 could not be read in 3 tries .*aga"
+  ):
+    loop.train(tiny_config(steps=5), str(copy))
+  after = sorted(path.name for path in (copy / "checkpoints").iterdir())
+  assert after == before
+
+
 def test_only_unreadable_checkpoints_are_an_error(copy):
   for newest in (copy / "checkpoints").iterdir():
     shutil.rmtree(newest / "state")
