@@ -1,5 +1,8 @@
 """Sources, class-grouped sequences, and an order that is a function of step."""
 
+import contextlib
+import multiprocessing
+
 import numpy as np
 import pytest
 
@@ -66,10 +69,15 @@ def test_flips_mirror_about_half_of_the_images():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_step_is_the_whole_position(workers):
   config = _config(**{"steps": 6, "batch_size": 4, "data.workers": workers})
-  whole = list(batches(config, 0))
+  with contextlib.closing(batches(config, 0)) as begun:
+    whole = list(begun)
   assert len(whole) == 6
   assert whole[0]["images"].shape == (4, 5, 8, 8, 1)
-  late = list(batches(config, 4))
+  with contextlib.closing(batches(config, 4)) as begun:
+    late = [next(begun)]
+    assert len(multiprocessing.active_children()) == workers
+    late += begun
+  assert multiprocessing.active_children() == []
   for a, b in zip(whole[4:], late, strict=True):
     np.testing.assert_array_equal(a["images"], b["images"])
     np.testing.assert_array_equal(a["labels"], b["labels"])
