@@ -104,8 +104,6 @@ def test_schedules():
   [
     ({"schedule": "linear"}, "optimizer.schedule='linear'"),
     ({"clip": "norm"}, "optimizer.clip='norm'"),
-    ({"peak_lr": 0.0}, "optimizer.peak_lr=0.0"),
-    ({"final_fraction": 7.0}, "optimizer.final_fraction=7.0"),
     ({"schedule": "cosine", "decay_steps": 0}, "optimizer.decay_steps=0"),
   ],
 )

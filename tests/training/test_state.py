@@ -129,7 +129,7 @@ def test_label_dropout_takes_its_share():
     ({"ema__decay": 1.0}, "ema.decay=1.0"),
     ({"model__label_dropout": 1.0}, "model.label_dropout=1.0"),
     ({"mesh__fsdp": 3}, "mesh.fsdp=3"),
-    ({"branch": "arflw"}, "branch='arflw' is unknown; did you mean arflow"),
+    ({"branch": "arflw"}, "branch='arflw' is unknown; choose from"),
   ],
 )
 def test_bad_values_are_refused_by_name(overrides, named):
