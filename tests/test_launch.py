@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -38,6 +39,9 @@ def repo(tmp_path):
 
 @pytest.fixture
 def launch(repo, tmp_path):
+  # Where the tests run in the background SIGINT is ignored, and a shell cannot
+  # catch what was ignored when it began.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   stub = tmp_path / "python"
   stub.write_text(STUB)
   stub.chmod(0o755)
@@ -56,7 +60,8 @@ def launch(repo, tmp_path):
     )
     return done, log.read_text()
 
-  return run
+  yield run
+  signal.signal(signal.SIGINT, before)
 
 
 def _installed(calls):
