@@ -7,6 +7,7 @@ answer at once.
 """
 
 import ast
+import contextlib
 import os
 import sys
 import types
@@ -225,7 +226,8 @@ def run(name: str) -> None:
   """Executes the main of this name with the program's arguments and exits."""
   code = execute(sys.modules[name], sys.argv[1:])
   if code == 130:  # programs may still run on threads that an exit would crash
-    console.say("")
+    with contextlib.suppress(BrokenPipeError):
+      sys.stdout.flush()
     os._exit(code)
   sys.exit(code)
 

@@ -1,9 +1,10 @@
 """Orbax checkpoints: the one module that knows how runs are stored.
 
 A run keeps `WORKDIR/checkpoints/STEP/`, each with the train state and the full
-config, and `WORKDIR/config.json`, the config of its latest launch. Saving is
-asynchronous. Where the newest checkpoint cannot be read, the newest good one is
-used. Weights alone make a run too: a checkpoint that holds only averages.
+config, and beside them `config.json`, the config of its latest launch, and
+`data.json`, what tells its data from other data. Saving is asynchronous. Where
+the newest checkpoint cannot be read, the newest good one is used. Weights alone
+make a run too: a checkpoint that holds only averages.
 """
 
 import itertools
@@ -112,8 +113,8 @@ def keep_config(workdir: str, config: ConfigDict) -> None:
 def check_data(workdir: str, found: dict[str, Any]) -> None:
   """Refuses other data than a run began with, in `WORKDIR/data.json`.
 
-  Keeps `found` there where the run has none: a new one, or one of an earlier
-  version.
+  Keeps `found` there where the run has none: a run of an earlier version, or
+  one that has no checkpoint yet and may begin with any data.
 
   Args:
     workdir: the run's directory.
@@ -125,7 +126,7 @@ def check_data(workdir: str, found: dict[str, Any]) -> None:
   path = listing.folder(workdir).parent / "data.json"
   now = list(zip(found["classes"], found["images"]))
   was = None
-  if path.exists():
+  if path.exists() and listing.steps(workdir):
     try:
       kept = json.loads(path.read_text())
       was = list(zip(kept["classes"], kept["images"]))

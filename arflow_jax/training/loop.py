@@ -49,10 +49,10 @@ def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
   program = program_lib.build(config)
   program.branch.settings(config.sample)  # else found when it draws
   items = pipeline.open_items(config)  # a wrong data.dir fails before the rest
+  checkpoint.check_data(workdir, sources.fingerprint(items.source))
   saver = checkpoint.Checkpoints(workdir, config)
   state = saver.restore(program.abstract_state, program.init)
   start = int(state.step) if state else 0
-  checkpoint.check_data(workdir, sources.fingerprint(items.source))
   checkpoint.keep_config(workdir, config)
   if start >= config.steps:
     processes.say(
@@ -89,11 +89,10 @@ def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
       first = step == start + 1
       if first or save or step % config.log.every == 0:
         means = metrics.flush()  # raises where one is not finite
+        stop.begin()  # there is something to save from here on
         if save:  # first of all: a disk that takes no report may take this
           saver.save(step, state)
           saved = metrics.last_good = step
-        if first:
-          stop.begin()
         log.report(step, means)
       if first:
         log.start_clock(step)

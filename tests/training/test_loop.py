@@ -87,6 +87,10 @@ def test_other_data_is_refused(copy):
   (copy / "data.json").write_text(json.dumps(kept))
   with pytest.raises(ConfigError, match=r"data\.dir holds other .* \('3', 14"):
     loop.train(tiny_config(steps=5), str(copy))
+  shutil.move(copy / "checkpoints", copy / "away")
+  assert loop.train(tiny_config(steps=1), str(copy)) == 1  # nothing to protect
+  shutil.rmtree(copy / "checkpoints")
+  shutil.move(copy / "away", copy / "checkpoints")
   (copy / "data.json").unlink()  # as a run of an earlier version
   assert loop.train(tiny_config(steps=5), str(copy)) == 5
   assert (copy / "data.json").exists()
