@@ -36,6 +36,7 @@ _RULES = (
       "checkpoint.every",
       "checkpoint.keep",
       "checkpoint.keep_every",
+      "checkpoint.failures",
       "eval.num_samples",
       "sample.block_size",
       "log.every",
@@ -117,6 +118,7 @@ def default_config() -> ConfigDict:
   checkpoint.every = 10_000  # steps between checkpoints
   checkpoint.keep = 3  # the newest this many stay
   checkpoint.keep_every = config_dict.placeholder(int)  # and every k-th step
+  checkpoint.failures = 5  # saves that fail in a row before training stops
   # For data that `evaluate` can judge in pixel space.
   config.eval = ConfigDict({"num_samples": 400})
   config.sample = ConfigDict()

@@ -47,8 +47,8 @@ def batches(config, start=0, rows=None):
 def stored_state(config, workdir):
   """The train state that a run would go on with."""
   program = program_lib.build(config)
-  saver = checkpoint.Checkpoints(str(workdir), config)
-  return saver.restore(program.abstract_state, program.init)
+  found = checkpoint.restore(str(workdir), program.abstract_state, program.init)
+  return found[0]
 
 
 def random_params(abstract, scale=0.15):

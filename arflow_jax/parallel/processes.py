@@ -53,9 +53,13 @@ def say(text: str) -> None:
     console.say(text)
 
 
-def agree(flag: bool) -> bool:
-  """True in every process where any of them says True; all have to call it."""
-  return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+def agree(*flags: bool) -> tuple[bool, ...]:
+  """Each flag is True in every process where any of them says True.
+
+  All processes have to call it.
+  """
+  every = multihost_utils.process_allgather(np.asarray(flags))
+  return tuple(every.reshape(-1, len(flags)).any(0).tolist())
 
 
 def meet() -> None:

@@ -1,13 +1,17 @@
-"""Which checkpoints a run has, and the newest that can be read.
+"""Which checkpoints a run has, what they tell of themselves, the newest good.
 
 Orbax tells complete from unfinished in the way of the file system. What cannot
 be read is left alone here; only a trainer sets it aside.
 """
 
+import json
 import logging
+import os
+import re
 import time
+import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -18,8 +22,11 @@ from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
+from arflow_jax.training.checksum import Damaged
 
-PAUSES = (1.0, 5.0)  # seconds before a failed read is tried again
+PAUSES = (1.0, 5.0)  # seconds before a failed read or save is tried again
+# Of what a checkpoint holds: 1 had no checksums.
+FORMAT = 2
 # How JAX and tensorstore name what is no fault of a file.
 _OF_THE_WORLD = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
@@ -58,11 +65,79 @@ def read_config(workdir: str) -> ConfigDict:
 
 
 def load_config(path: epath.Path) -> ConfigDict:
-  """The config of one checkpoint, with the keys that came after it."""
+  """The config of one checkpoint, with the keys that came after it.
+
+  Raises:
+    Damaged: it is not what was written.
+  """
   stored = ocp.load_checkpointables(path, {"config": None})["config"]
+  told = describe(path).about
+  if told and told["config"] != digest(stored):
+    raise Damaged("the checksum of the config differs")
   return config_lib.complete(
     stored, branches.family(stored["branch"]).added_keys
   )
+
+
+class Description(NamedTuple):
+  """What a checkpoint tells of itself.
+
+  Attributes:
+    arrays: tree of the shapes and types of what is stored.
+    about: `format`, `window` (see `checkpoint.contents`), and checksums:
+      `config`, and `arrays` by name. Empty where the format is 1.
+  """
+
+  arrays: dict[str, Any]
+  about: dict[str, Any]
+
+
+def describe(path: epath.Path) -> Description:
+  """What a checkpoint tells of itself.
+
+  Raises:
+    Damaged: it is not what was written.
+    ConfigError: a later version has written it.
+  """
+  found = ocp.metadata(path, "state")
+  told = dict(found.custom_metadata or {})
+  if told.get("format", 1) == 1:
+    return Description(found.metadata, {})
+  if told.pop("digest", None) != digest(told):
+    raise Damaged("the checksum of the list of checksums differs")
+  if told["format"] > FORMAT:
+    raise ConfigError(
+      f"{path} is of format {told['format']}, and this version reads those up"
+      f" to {FORMAT}; use the version that wrote it, or a later one"
+    )
+  return Description(found.metadata, told)
+
+
+def sealed(told: dict[str, Any]) -> dict[str, Any]:
+  """What `describe` checks: with the format and a checksum of its own."""
+  told = {"format": FORMAT} | told
+  return told | {"digest": digest(told)}
+
+
+def digest(values: dict[str, Any]) -> int:
+  """A checksum of what JSON can hold."""
+  return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def reason(error: BaseException) -> str:
+  """Why something failed, in one line.
+
+  Of a chain of errors the one that began it. Where the operating system refused
+  something, its own words, without those of the libraries around it.
+  """
+  while error.__cause__ is not None:
+    error = error.__cause__
+  text = str(error) or type(error).__name__
+  if number := re.search(r"os_error_code='(\d+)'", text):
+    return os.strerror(int(number[1]))
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  return text.splitlines()[0]
 
 
 def newest_good(
@@ -79,7 +154,7 @@ def newest_good(
   where = folder(workdir)
   while True:
     listed = steps(workdir)
-    bad, reason = [], ""
+    bad, why = [], ""
     for step in reversed(listed):
       try:
         loaded = _patiently(load, where / str(step))
@@ -88,18 +163,18 @@ def newest_good(
       except Exception as error:  # Orbax and tensorstore raise many kinds
         if not (where / str(step)).exists():
           continue  # a training run has removed it in the meantime
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        why = reason(error)
         if not _is_damage(error):
           raise ConfigError(
             f"{where / str(step)} could not be read in"
-            f" {len(PAUSES) + 1} tries ({reason}), which does not mean that it"
+            f" {len(PAUSES) + 1} tries ({why}), which does not mean that it"
             " is damaged: nothing was changed; start the same command again"
             " when the cause is gone"
           ) from error
         logging.warning(
           "checkpoint %s cannot be read (%s); trying the one before",
           where / str(step),
-          reason,
+          why,
         )
         bad.append(step)
       else:
@@ -112,7 +187,7 @@ def newest_good(
     )
   raise ConfigError(
     f"none of the checkpoints in {where} can be read (steps {bad[::-1]};"
-    f" {reason}); restore one from a copy or choose another --workdir"
+    f" {why}); restore one from a copy or choose another --workdir"
   )
 
 
@@ -126,9 +201,8 @@ def _patiently(load: Callable[[epath.Path], Any], path: epath.Path) -> Any:
     except Exception as error:
       if not path.exists():
         raise
-      reason = f"{type(error).__name__}: {error}".splitlines()[0]
       logging.warning(
-        "reading %s failed (%s); again in %g s", path, reason, pause
+        "reading %s failed (%s); again in %g s", path, reason(error), pause
       )
       time.sleep(pause)
   return jax.block_until_ready(load(path))
@@ -140,7 +214,7 @@ def _is_damage(error: Exception) -> bool:
   Files that are missing, cut off or not what they should be are damage. A disk
   or a network that does not answer, and too little memory, are none.
   """
-  if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+  if isinstance(error, (Damaged, FileNotFoundError, NotADirectoryError)):
     return True
   if isinstance(error, (OSError, MemoryError)):
     return False

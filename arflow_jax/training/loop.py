@@ -8,11 +8,19 @@ from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
 from arflow_jax import paths
-from arflow_jax.data import pipeline, sources
+from arflow_jax.data import pipeline, sequences, sources
 from arflow_jax.parallel import processes
-from arflow_jax.training import checkpoint, listing, telemetry
+from arflow_jax.training import (
+  checkpoint,
+  listing,
+  lock,
+  run_files,
+  telemetry,
+)
 from arflow_jax.training import program as program_lib
+from arflow_jax.training import saver as saver_lib
 from arflow_jax.training import stop as stop_lib
+from arflow_jax.training.state import TrainState
 
 
 def train(config: ConfigDict, workdir: str) -> int:
@@ -49,29 +57,52 @@ def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
   program = program_lib.build(config)
   program.branch.settings(config.sample)  # else found when it draws
   items = pipeline.open_items(config)  # a wrong data.dir fails before the rest
-  checkpoint.check_data(workdir, sources.fingerprint(items.source))
-  saver = checkpoint.Checkpoints(workdir, config)
-  state = saver.restore(program.abstract_state, program.init)
-  start = int(state.step) if state else 0
-  checkpoint.keep_config(workdir, config)
-  if start >= config.steps:
-    processes.say(
-      f"{workdir} is finished: {start} steps are done, steps={config.steps}"
-    )
-    return start
-  if start:
-    processes.say(f"resuming {workdir} after step {start}")
-  state = state or program.init()
-  _announce(program)
+  with lock.held(workdir):
+    run_files.check_data(workdir, sources.fingerprint(items.source))
+    found = checkpoint.restore(workdir, program.abstract_state, program.init)
+    run_files.keep_config(workdir, config)
+    state, window = found or (program.init(), {})
+    start = int(state.step)
+    if start >= config.steps:
+      processes.say(
+        f"{workdir} is finished: {start} steps are done, steps={config.steps}"
+      )
+      return start
+    if start:
+      processes.say(f"resuming {workdir} after step {start}")
+    _announce(program)
+    with jax.set_mesh(program.mesh):  # kernels split themselves over it
+      try:
+        return _steps(program, items, workdir, state, window, stop)
+      except FloatingPointError as error:  # by now what could be saved is saved
+        steps = listing.steps(workdir)
+        kept = "no checkpoint was saved yet"
+        if steps:
+          kept = f"the last good checkpoint is step {steps[-1]}"
+        raise FloatingPointError(
+          f"{error}; {kept} in {workdir}. Lower optimizer.peak_lr or clip"
+          " harder, in a new --workdir"
+        ) from None
+
+
+def _steps(
+  program: program_lib.Program,
+  items: sequences.ClassSequences,
+  workdir: str,
+  state: TrainState,
+  window: dict[str, float],
+  stop: stop_lib.Stop,
+) -> int:
+  """From a state to the last step, or to the one after which to stop."""
+  config, start = program.config, int(state.step)
   images = config.batch_size * config.data.sequence_length
-  metrics = _Metrics(workdir, listing.steps(workdir))
+  metrics = _Metrics(window)
   saved = start
   with (
-    jax.set_mesh(program.mesh),  # kernels split themselves over it
     contextlib.closing(
       pipeline.batches(items, config, start, program.rows)
     ) as batches,
-    contextlib.closing(saver),
+    contextlib.closing(saver_lib.Saver(workdir, config)) as saver,
     telemetry.Telemetry(workdir, start, config.steps, images) as log,
   ):
     for step in range(start + 1, config.steps + 1):
@@ -80,20 +111,30 @@ def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
       except Exception:
         if step - 1 > saved:  # what the data did is no fault of these steps
           metrics.flush()
-          saver.save(step - 1, state)
+          saver.finish(step - 1, state, metrics.window)
         raise
       state, latest = program.step(state, program.place(batch))
       metrics.add(step, latest)
-      done = step == config.steps or stop.decided()
-      save = done or step % config.checkpoint.every == 0
+      asked, failed = processes.agree(stop.requested, saver.failed())
+      done = asked or step == config.steps
+      save = done or failed or step % config.checkpoint.every == 0
       first = step == start + 1
-      if first or save or step % config.log.every == 0:
-        means = metrics.flush()  # raises where one is not finite
-        stop.begin()  # there is something to save from here on
-        if save:  # first of all: a disk that takes no report may take this
-          saver.save(step, state)
-          saved = metrics.last_good = step
-        log.report(step, means)
+      # A mean covers fixed steps, whatever the launch that made them.
+      whole = step % config.log.every == 0
+      record = whole or step in (1, config.steps)
+      if not (first or save or record):
+        continue
+      means = metrics.flush()  # raises where one is not finite
+      if whole:
+        metrics.window = {}
+      stop.begin()  # there is something to save from here on
+      if done:
+        saver.finish(step, state, metrics.window)
+      elif save:  # before the report: a disk that takes no report may take this
+        saver.save(step, state, metrics.window)
+      if save:
+        saved = step
+      log.report(step, means, record=record)
       if first:
         log.start_clock(step)
       if done:
@@ -121,11 +162,15 @@ def _announce(program: program_lib.Program) -> None:
 
 
 class _Metrics:
-  """Metrics still on the device, fetched together and checked."""
+  """Metrics still on the device, fetched together, checked and added up.
 
-  def __init__(self, workdir: str, steps: list[int]):
-    self.last_good = steps[-1] if steps else None
-    self._workdir = workdir
+  Attributes:
+    window: sums since the last record; `steps` counts them. Stored with every
+      checkpoint: an interruption changes no mean.
+  """
+
+  def __init__(self, window: dict[str, float]):
+    self.window = dict(window)
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -135,25 +180,18 @@ class _Metrics:
       jax.block_until_ready(self._pending[-3])
 
   def flush(self) -> dict[str, float]:
-    """Means since the last call.
+    """Means over the window, up to the last step.
 
     Raises:
       FloatingPointError: a value that is not finite, naming its step.
     """
-    if not self._pending:
-      return {}
     values = jax.device_get([metrics for _, metrics in self._pending])
     for (step, _), metrics in zip(self._pending, values):
-      for name, value in metrics.items():
+      for name, value in ({"steps": 1} | metrics).items():
         if not math.isfinite(value):
-          kept = f"the last good checkpoint is step {self.last_good}"
-          if self.last_good is None:
-            kept = "no checkpoint was saved yet"
-          raise FloatingPointError(
-            f"{name} is {value} at step {step}; {kept} in {self._workdir}."
-            " Lower optimizer.peak_lr or clip harder, in a new --workdir"
-          )
+          raise FloatingPointError(f"{name} is {value} at step {step}")
+        self.window[name] = self.window.get(name, 0) + float(value)
     self._pending.clear()
-    return {
-      k: sum(float(v[k]) for v in values) / len(values) for k in values[0]
-    }
+    sums = dict(self.window)
+    steps = sums.pop("steps", 1)
+    return {name: total / steps for name, total in sums.items()}

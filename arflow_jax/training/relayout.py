@@ -26,13 +26,13 @@ def as_stored(wanted: Tree, stored: Tree) -> Tree:
     ConfigError: a leaf of another size, which is another network.
   """
   shapes = {
-    _name(path): tuple(leaf.shape)
+    name(path): tuple(leaf.shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(stored)
     if hasattr(leaf, "shape")
   }
 
   def read(path, leaf):
-    shape = shapes.get(_name(path), leaf.shape)  # what is missing fails later
+    shape = shapes.get(name(path), leaf.shape)  # what is missing fails later
     if shape == leaf.shape:
       return leaf
     if math.prod(shape) != math.prod(leaf.shape):
@@ -86,7 +86,7 @@ def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
   return same
 
 
-def _name(path: Any) -> tuple[str, ...]:
+def name(path: Any) -> tuple[str, ...]:
   """A path whose containers do not matter: a field is as good as a key."""
   keys = []
   for entry in path:

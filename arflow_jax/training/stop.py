@@ -1,11 +1,10 @@
-"""Where a stop is decided: on a signal, by all processes together."""
+"""A signal as a request to stop; the loop lets all processes agree on it."""
 
 import os
 import signal
 import threading
 
 from arflow_jax.errors import STOPPED
-from arflow_jax.parallel import processes
 
 
 class Stop:
@@ -17,27 +16,24 @@ class Stop:
   former handlers back.
 
   Attributes:
+    requested: whether this process was asked to stop.
     interrupted: whether SIGINT was among the requests.
   """
 
   def __init__(self):
-    self.interrupted = False
-    self._requested = self._begun = False
+    self.requested = self.interrupted = False
+    self._begun = False
     self._before = {}
 
   def begin(self) -> None:
     """From now on a signal waits for the end of a step."""
     self._begun = True
 
-  def decided(self) -> bool:
-    """Whether to stop now; all processes have to ask after the same step."""
-    return processes.agree(self._requested)
-
   def _request(self, number, frame):
     if number == signal.SIGINT and self.interrupted:
       raise KeyboardInterrupt  # the second Ctrl-C means it
     self.interrupted |= number == signal.SIGINT
-    self._requested = True
+    self.requested = True
 
   def _watch(self):
     while number := os.read(self._heard, 1)[0]:

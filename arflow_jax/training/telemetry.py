@@ -46,8 +46,16 @@ class Telemetry:
     self._clock = self._begin = time.monotonic()
     self._first = self._last = step
 
-  def report(self, step: int, metrics: dict[str, float]) -> None:
-    """Writes one progress line and one record; `metrics` are scalars."""
+  def report(
+    self, step: int, metrics: dict[str, float], *, record: bool = True
+  ) -> None:
+    """Writes one progress line, and one record if asked for.
+
+    Args:
+      step: optimiser steps done.
+      metrics: scalars, `loss` among them.
+      record: whether files get it too.
+    """
     now = time.monotonic()
     line = f"step {step:>{len(str(self._total))}}/{self._total}"
     line += f"  loss {metrics['loss']:.4f}"
@@ -59,6 +67,8 @@ class Telemetry:
       line += f"  {_duration(mean * (self._total - step))} left"
     self._clock, self._last = now, step
     processes.say(line)
+    if not record:
+      return
     if self._file:
       self._file.add({"step": step} | metrics)
     if self._writer:

@@ -28,7 +28,7 @@ np.testing.assert_array_equal(total, weights @ whole)
 mine, data = processes.local(array)
 np.testing.assert_array_equal(data, whole[mine])
 process = jax.process_index()
-flags = [processes.agree(flag) for flag in (process == 1, False, True)]
+flags = processes.agree(process == 1, False, True)
 processes.say("one voice")
 first = processes.common(rows)
 print(process, rows.tolist(), mine.tolist(), first.tolist(), flags)
@@ -49,8 +49,7 @@ def test_one_process_is_the_case_of_one():
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   processes.start()
   assert processes.speaks()
-  assert processes.agree(True)
-  assert not processes.agree(False)
+  assert processes.agree(True, False) == (True, False)
   assert processes.common(np.arange(3)).tolist() == [0, 1, 2]
   np.testing.assert_array_equal(processes.rows(sharding, 5), np.arange(5))
   images = np.arange(10).reshape(5, 2)

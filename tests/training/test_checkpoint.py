@@ -1,5 +1,6 @@
 """Stored runs: weights alone, earlier layouts and keys, any file system."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -17,6 +18,7 @@ from arflow_jax.errors import ConfigError
 from arflow_jax.sampling import run
 from arflow_jax.training import checkpoint, listing, loop, relayout
 from arflow_jax.training import program as program_lib
+from arflow_jax.training.saver import Saver
 from tests.bucket import Bucket
 from tests.tiny import stored_state, tiny_config
 
@@ -131,14 +133,13 @@ def test_parameters_of_another_cut_come_back(weights, tmp_path, monkeypatch):
     return jax.tree.map(split, store(state))
 
   monkeypatch.setattr(checkpoint, "_stored", earlier)
-  saver = checkpoint.Checkpoints(str(tmp_path), config)
-  saver.save(3, state)
-  saver.close()
+  with contextlib.closing(Saver(str(tmp_path), config)) as saver:
+    saver.finish(3, state, {})
   monkeypatch.setattr(checkpoint, "_stored", store)
-  stored = checkpoint._metadata(epath.Path(tmp_path) / "checkpoints" / "3")
+  stored = listing.describe(epath.Path(tmp_path) / "checkpoints" / "3").arrays
   attention = stored["params"]["blocks"]["attention"]
   assert attention["q_proj"]["kernel"].shape == (2, 16, 2, 8)
-  back = saver.restore(program.abstract_state, program.init)
+  back = stored_state(config, tmp_path)
   describe = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding)
   wanted = program.abstract_state
   assert jax.tree.map(describe, back) == jax.tree.map(describe, wanted)

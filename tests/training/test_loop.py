@@ -61,7 +61,7 @@ def test_a_finished_run_says_so_and_keeps_new_settings(copy, capsys):
 def test_data_that_cannot_be_read_fails_before_a_state_is_made(
   tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(checkpoint.Checkpoints, "restore", None)
+  monkeypatch.setattr(checkpoint, "restore", None)
   config = tiny_config(data__dir="nowhere", data__source="tfds:cifar10")
   with pytest.raises(ConfigError, match=r"data\.dir='nowhere'"):
     loop.train(config, str(tmp_path / "new"))
@@ -331,7 +331,7 @@ def test_a_read_error_saves_what_was_done(tmp_path, monkeypatch):
 def test_a_report_that_cannot_be_written_comes_after_the_checkpoint(
   tmp_path, monkeypatch
 ):
-  def full(self, step, metrics):
+  def full(self, step, metrics, **kwargs):
     if step == 2:
       raise OSError("No space left on device")
 
