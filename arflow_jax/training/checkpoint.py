@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
@@ -41,7 +40,7 @@ class Contents(NamedTuple):
 
   Attributes:
     items: the parts of a checkpoint, by name.
-    about: what a `listing.Description` has as `about`.
+    about: what `listing.about` returns: metadata that JSON can hold.
   """
 
   items: dict[str, Any]
@@ -84,12 +83,11 @@ def restore(
 
   def load(path: epath.Path) -> tuple[TrainState, dict[str, float]]:
     listing.load_config(path)  # one that cannot be read is of no use
-    found = listing.describe(path)
-    if "optimizer" in found.arrays:
+    if "optimizer" in listing.arrays(path):
       state = TrainState(**_named(_load(path, _stored(abstract))))
     else:
       state = begin(_load(path, {"ema": abstract.ema})["ema"])
-    return state, found.about.get("window", {})
+    return state, listing.about(path).get("window", {})
 
   if not listing.steps(workdir):
     return None
@@ -143,39 +141,6 @@ def save_weights(workdir: str, config: ConfigDict, params: Any) -> None:
   run_files.keep_config(workdir, config)
 
 
-def damage(path: epath.Path) -> list[str]:
-  """What of a checkpoint cannot be read or is not what was written.
-
-  Reads everything into the memory of the host, an array at a time.
-
-  Returns:
-    A line for each part, the reason with it; empty where all is good.
-  """
-  found = []
-  try:
-    listing.load_config(path)
-    stored = listing.describe(path).arrays
-  except Exception as error:  # Orbax and tensorstore raise many kinds
-    return [listing.reason(error)]
-  host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-  leaves = jax.tree_util.tree_leaves_with_path(stored)
-  for chosen, _ in leaves:
-    wanted = jax.tree_util.tree_map_with_path(
-      lambda at, leaf, chosen=chosen: (
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
-        if at == chosen
-        else ocp.PLACEHOLDER
-      ),
-      stored,
-    )
-    try:
-      _load(path, wanted)
-    except Exception as error:
-      name = "/".join(relayout.name(chosen))
-      found.append(f"{name}: {listing.reason(error)}")
-  return found
-
-
 def _contents(
   stored: dict[str, Any], config: ConfigDict, window: dict[str, float]
 ) -> Contents:
@@ -209,13 +174,12 @@ def _load(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
   Raises:
     Damaged: a part is not what was written.
   """
-  stored, about = listing.describe(path)
-  read = relayout.as_stored(wanted, stored)
+  read = relayout.as_stored(wanted, listing.arrays(path))
   context = ocp.Context()
   context.pytree.loading.partial_load = True
   with context:
     loaded = ocp.load_checkpointables(path, {"state": read})["state"]
-  if about:
+  if about := listing.about(path):
     checksum.check(loaded, about["arrays"])
   else:
     logging.info("%s has no checksums: an earlier version wrote it", path)

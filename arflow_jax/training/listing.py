@@ -11,7 +11,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from etils import epath
@@ -22,6 +22,7 @@ from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
+from arflow_jax.training import echoes
 from arflow_jax.training.checksum import Damaged
 
 PAUSES = (1.0, 5.0)  # seconds before a failed read or save is tried again
@@ -51,8 +52,9 @@ def steps(workdir: str) -> list[int]:
   where = folder(workdir)
   if not where.is_dir():
     return []
-  found = ocp.path.step.standard_name_format().find_all(where)
-  return sorted(checkpoint.step for checkpoint in found)
+  with echoes.dropped():
+    found = ocp.path.step.standard_name_format().find_all(where)
+    return sorted(checkpoint.step for checkpoint in found)
 
 
 def read_config(workdir: str) -> ConfigDict:
@@ -70,8 +72,8 @@ def load_config(path: epath.Path) -> ConfigDict:
   Raises:
     Damaged: it is not what was written.
   """
+  told = about(path)
   stored = ocp.load_checkpointables(path, {"config": None})["config"]
-  told = describe(path).about
   if told and told["config"] != digest(stored):
     raise Damaged("the checksum of the config differs")
   return config_lib.complete(
@@ -79,30 +81,38 @@ def load_config(path: epath.Path) -> ConfigDict:
   )
 
 
-class Description(NamedTuple):
-  """What a checkpoint tells of itself.
+def arrays(path: epath.Path) -> dict[str, Any]:
+  """The tree of the shapes and types of the state that is stored.
 
-  Attributes:
-    arrays: tree of the shapes and types of what is stored.
-    about: `format`, `window` (see `checkpoint.contents`), and checksums:
-      `config`, and `arrays` by name. Empty where the format is 1.
+  Raises:
+    Damaged: it cannot be read.
   """
+  with echoes.dropped() as heard:
+    found = ocp.metadata(path, "state").metadata
+  if found is None:  # Orbax has but logged the reason
+    detail = heard[-1].rpartition("Error details: ")[2] if heard else ""
+    raise Damaged(f"the list of its arrays cannot be read: {detail}")
+  return found
 
-  arrays: dict[str, Any]
-  about: dict[str, Any]
 
+def about(path: epath.Path) -> dict[str, Any]:
+  """What a checkpoint tells of itself; empty where its format is 1.
 
-def describe(path: epath.Path) -> Description:
-  """What a checkpoint tells of itself.
+  Returns:
+    `format`, `window` (see `checkpoint.contents`), and checksums: `config`,
+    and `arrays` by name.
 
   Raises:
     Damaged: it is not what was written.
     ConfigError: a later version has written it.
   """
-  found = ocp.metadata(path, "state")
-  told = dict(found.custom_metadata or {})
-  if told.get("format", 1) == 1:
-    return Description(found.metadata, {})
+  try:  # not by Orbax, which takes a damaged file for one that tells nothing
+    text = (path / "_CHECKPOINT_METADATA").read_text()
+    told = dict(json.loads(text)["custom_metadata"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise Damaged("_CHECKPOINT_METADATA is not what was written") from error
+  if "format" not in told:
+    return {}
   if told.pop("digest", None) != digest(told):
     raise Damaged("the checksum of the list of checksums differs")
   if told["format"] > FORMAT:
@@ -110,11 +120,11 @@ def describe(path: epath.Path) -> Description:
       f"{path} is of format {told['format']}, and this version reads those up"
       f" to {FORMAT}; use the version that wrote it, or a later one"
     )
-  return Description(found.metadata, told)
+  return told
 
 
 def sealed(told: dict[str, Any]) -> dict[str, Any]:
-  """What `describe` checks: with the format and a checksum of its own."""
+  """What `about` checks: with the format and a checksum of its own."""
   told = {"format": FORMAT} | told
   return told | {"digest": digest(told)}
 
@@ -130,14 +140,14 @@ def reason(error: BaseException) -> str:
   Of a chain of errors the one that began it. Where the operating system refused
   something, its own words, without those of the libraries around it.
   """
-  while error.__cause__ is not None:
+  while not isinstance(error, Damaged) and error.__cause__ is not None:
     error = error.__cause__
   text = str(error) or type(error).__name__
   if number := re.search(r"os_error_code='(\d+)'", text):
     return os.strerror(int(number[1]))
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
-  return text.splitlines()[0]
+  return text.splitlines()[0].partition(" [tensorstore_spec")[0]
 
 
 def newest_good(
@@ -151,6 +161,11 @@ def newest_good(
   Raises:
     ConfigError: no checkpoint, or none that can be read.
   """
+  with echoes.dropped():
+    return _newest_good(workdir, load)
+
+
+def _newest_good(workdir, load):
   where = folder(workdir)
   while True:
     listed = steps(workdir)

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import logging
 import shutil
 import time
 
@@ -12,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from arflow_jax.parallel import processes
-from arflow_jax.training import checkpoint, listing
+from arflow_jax.training import checkpoint, echoes, listing
 from arflow_jax.training.state import TrainState
 
 _keep = ocp.training.preservation_policies
@@ -39,9 +38,8 @@ class Saver:
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None  # the save that is being written
     self._failures, self._again = 0, False
-    # Orbax logs each failure up to eight times with its stack. It is raised as
-    # well, and said here in one line.
-    logging.getLogger("absl").addFilter(_is_no_stack_of_orbax)
+    self._quiet = contextlib.ExitStack()
+    self._quiet.enter_context(echoes.dropped())
     self._writer = self._open()
 
   def save(
@@ -121,7 +119,7 @@ class Saver:
       processes.say(failure)
     self._discard()
     self._thread.shutdown()
-    logging.getLogger("absl").removeFilter(_is_no_stack_of_orbax)
+    self._quiet.close()
 
   def _open(self) -> ocp.training.Checkpointer:
     return ocp.training.Checkpointer(
@@ -180,7 +178,3 @@ def _raiser(error):
     raise error
 
   return fail
-
-
-def _is_no_stack_of_orbax(record: logging.LogRecord) -> bool:
-  return not (record.exc_info and "orbax" in record.pathname)

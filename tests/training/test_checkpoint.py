@@ -136,7 +136,7 @@ def test_parameters_of_another_cut_come_back(weights, tmp_path, monkeypatch):
   with contextlib.closing(Saver(str(tmp_path), config)) as saver:
     saver.finish(3, state, {})
   monkeypatch.setattr(checkpoint, "_stored", store)
-  stored = listing.describe(epath.Path(tmp_path) / "checkpoints" / "3").arrays
+  stored = listing.arrays(epath.Path(tmp_path) / "checkpoints" / "3")
   attention = stored["params"]["blocks"]["attention"]
   assert attention["q_proj"]["kernel"].shape == (2, 16, 2, 8)
   back = stored_state(config, tmp_path)
