@@ -2,6 +2,10 @@
 
 import contextlib
 import multiprocessing
+import pathlib
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -75,12 +79,36 @@ def test_the_step_is_the_whole_position(workers):
   assert whole[0]["images"].shape == (4, 5, 8, 8, 1)
   with contextlib.closing(batches(config, 4)) as begun:
     late = [next(begun)]
+    # No view of shared memory, which nobody would give back at the end.
+    assert {type(array) for array in late[0].values()} == {np.ndarray}
     assert len(multiprocessing.active_children()) == workers
     late += begun
   assert multiprocessing.active_children() == []
   for a, b in zip(whole[4:], late, strict=True):
     np.testing.assert_array_equal(a["images"], b["images"])
     np.testing.assert_array_equal(a["labels"], b["labels"])
+
+
+def test_loader_processes_end_with_a_trainer_that_is_killed():
+  program = (
+    "import multiprocessing, time\n"
+    "from tests.tiny import batches, tiny_config\n"
+    "begun = batches(tiny_config(data__workers=1))\n"
+    "next(begun)\n"
+    "print(multiprocessing.active_children()[0].pid, flush=True)\n"
+    "time.sleep(60)\n"
+  )
+  with subprocess.Popen(
+    [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+  ) as trainer:
+    loader = pathlib.Path("/proc", trainer.stdout.readline().strip())
+    assert loader.exists()
+    trainer.kill()
+  for _ in range(100):
+    if not loader.exists():
+      break
+    time.sleep(0.1)
+  assert not loader.exists()
 
 
 def test_any_rows_of_the_same_global_batches():
