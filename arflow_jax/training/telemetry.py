@@ -107,10 +107,10 @@ class _Records:
   """
 
   def __init__(self, path: epath.Path, start: int):
-    found = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in found if _step(line) <= start]
-    content = "".join(line + "\n" for line in kept).encode()
-    if kept != found:
+    found = path.read_bytes() if path.exists() else b""
+    kept = [line for line in found.splitlines() if _step(line) <= start]
+    content = b"".join(line + b"\n" for line in kept)
+    if content != found:
       part = path.with_name(path.name + ".part")
       part.write_bytes(content)
       part.replace(path)
@@ -153,7 +153,7 @@ class _Events:
     self._file.add(framed.getvalue())
 
 
-def _step(line: str) -> int | float:
+def _step(line: bytes) -> int | float:
   """The step of a record; infinite where it is none."""
   try:
     return json.loads(line)["step"]
