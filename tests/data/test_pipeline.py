@@ -92,8 +92,13 @@ def test_the_step_is_the_whole_position(workers):
 def test_loader_processes_end_with_a_trainer_that_is_killed():
   program = (
     "import multiprocessing, time\n"
-    "from tests.tiny import batches, tiny_config\n"
-    "begun = batches(tiny_config(data__workers=1))\n"
+    "import numpy as np\n"
+    "from arflow_jax.data import pipeline\n"
+    "from configs.arflow import get_config\n"
+    "config = get_config('digits')\n"
+    "config.data.source, config.data.workers = 'random', 1\n"
+    "items = pipeline.open_items(config)\n"
+    "begun = pipeline.batches(items, config, 0, np.arange(12))\n"
     "next(begun)\n"
     "print(multiprocessing.active_children()[0].pid, flush=True)\n"
     "time.sleep(60)\n"
