@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
@@ -64,6 +65,7 @@ def batches(
     return iter(dataset.to_iter_dataset(options))
   if not flags.FLAGS.is_parsed():  # loader processes want parsed flags
     flags.FLAGS.mark_as_parsed()
+  _start_tracker()
   workers = grain.MultiprocessingOptions(num_workers=config.data.workers)
   # Through pipes: what was read ahead, or is held when the process ends, would
   # stay in grain's shared memory. A copy more costs about 2 ms a MB.
@@ -72,6 +74,19 @@ def batches(
     grain.experimental.DatasetOptions(min_shm_size=sys.maxsize),
   )
   return iter(piped.mp_prefetch(workers, worker_init_fn=_begin_worker))
+
+
+def _start_tracker():
+  """Starts the process by which Python removes what a killed process leaves.
+
+  It would warn of leaks also where a trainer is stopped while it compiles.
+  """
+  name, former = "PYTHONWARNINGS", os.environ.get("PYTHONWARNINGS")
+  os.environ[name] = "ignore:resource_tracker"
+  resource_tracker.ensure_running()
+  del os.environ[name]
+  if former is not None:
+    os.environ[name] = former
 
 
 def _begin_worker(index: int, count: int) -> None:
