@@ -39,13 +39,27 @@ class ClassSequences:
         )
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """Item `index`: `images [S, h, w, C]` float32 and `labels []` int32."""
+    """Item `index`: `images [S, h, w, C]` float32 and `labels []` int32.
+
+    Raises:
+      ConfigError: an image that is not finite, or cannot be decoded.
+      OSError: an image that could not be read.
+    """
     rng = np.random.default_rng([self._seed, index])
     label = rng.integers(len(self._members))
     chosen = rng.choice(self._members[label], self._length, replace=False)
     mirror = (rng.random(self._length) < 0.5) & self._flip
-    images = [
-      self.source.get(int(i), bool(flag), own)
-      for i, flag, own in zip(chosen, mirror, rng.spawn(self._length))
-    ]
-    return {"images": np.stack(images), "labels": np.int32(label)}
+    images = np.stack(
+      [
+        self.source.get(int(i), bool(flag), own)
+        for i, flag, own in zip(chosen, mirror, rng.spawn(self._length))
+      ]
+    )
+    finite = np.isfinite(images).all((1, 2, 3))
+    if not finite.all():  # else a loss that is not finite would be blamed
+      raise ConfigError(
+        f"image {chosen[~finite][0]} of the data (counted from 0, class"
+        f" {self.source.class_names[label]!r}) has pixels that are NaN or"
+        " infinite; mend or remove it"
+      )
+    return {"images": images, "labels": np.int32(label)}

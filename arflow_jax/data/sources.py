@@ -6,7 +6,7 @@ reads a TensorFlow Datasets directory in ArrayRecord form, without TensorFlow;
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -109,10 +109,17 @@ class Digits:
 
 
 class Tfds:
-  """A TFDS data set with `image` and `label` features, as ArrayRecord files."""
+  """A TFDS data set with `image` and `label` features, as ArrayRecord files.
+
+  Raises:
+    ConfigError: no such data set, or a file of it that is damaged.
+    OSError: a file that could not be read, for another reason.
+  """
 
   def __init__(self, name: str, directory: str | None, split: Split):
     import tensorflow_datasets as tfds
+
+    from arflow_jax.data.records import Records
 
     directory = paths.expand(directory) if directory else None
     if not directory or not pathlib.Path(directory).is_dir():
@@ -122,11 +129,12 @@ class Tfds:
       )
     tfds_split = "train" if split == "train" else "test"
     try:
-      builder = tfds.builder(name, data_dir=directory)
-      info = builder.info
-      source = lambda **kwargs: builder.as_data_source(tfds_split, **kwargs)
-      raw = source(decoders={"image": tfds.decode.SkipDecoding()})
-      self._source = source()
+      info = tfds.builder(name, data_dir=directory).info
+      files = info.splits[tfds_split].file_instructions
+      if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise ValueError(f"its files are in the form {info.file_format.value}")
+      only = lambda key: tfds.features.FeaturesDict({key: info.features[key]})
+      self._image_part, label_part = only("image"), only("label")
     except Exception as error:  # TFDS raises many kinds, over many lines
       reason = f"{type(error).__name__}: {error}".splitlines()[0]
       raise ConfigError(
@@ -134,14 +142,43 @@ class Tfds:
         f" {reason}; prepare it with"
         " download_and_prepare(file_format='array_record')"
       ) from error
-    self.labels = np.array([example["label"] for example in raw])
+    self._undecoded = {"image": tfds.decode.SkipDecoding()}
+    self._records = Records(files)
+    label = lambda record: label_part.deserialize_example_np(record)["label"]
+    self.labels = np.array(
+      [self._part(label, i, each) for i, each in enumerate(self._records)]
+    )
     self.class_names = info.features["label"].names
 
   def get(
     self, index: int, mirror: bool, rng: np.random.Generator
   ) -> Float[np.ndarray, "h w C"]:
-    image = self._source[index]["image"]
+    record = self._records[index]
+    image = self._part(self._image, index, record)
     return _mirrored(image.astype(np.float32) / 127.5 - 1, mirror)
+
+  def _image(self, record: bytes) -> np.ndarray:
+    image = self._image_part.deserialize_example_np(
+      record, decoders=self._undecoded
+    )["image"]
+    if not isinstance(image, bytes):
+      return image  # stored as numbers
+    # By PIL: what TFDS itself takes depends on what is installed.
+    feature = self._image_part["image"]
+    return feature.decode_example_np_with_pil(image, feature.shape[-1])
+
+  def _part(
+    self, read: Callable[[bytes], Any], index: int, record: bytes
+  ) -> Any:
+    """What `read` makes of a record, which is named where that fails."""
+    try:
+      return read(record)
+    except Exception as error:
+      reason = f"{type(error).__name__}: {error}".splitlines()[0]
+      raise ConfigError(
+        f"{self._records.name(index)} cannot be decoded ({reason}); prepare"
+        " the data again"
+      ) from error
 
 
 class Random:

@@ -4,6 +4,7 @@ import contextlib
 import math
 
 import jax
+from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
@@ -103,8 +104,8 @@ def _steps(
       pipeline.batches(items, config, start, program.rows)
     ) as batches,
     contextlib.closing(saver_lib.Saver(workdir, config)) as saver,
-    telemetry.Telemetry(workdir, start, config.steps, images) as log,
   ):
+    log = telemetry.Telemetry(workdir, start, config.steps, images)
     for step in range(start + 1, config.steps + 1):
       try:
         batch = next(batches)
@@ -152,10 +153,10 @@ def _steps(
 
 
 def _announce(program: program_lib.Program) -> None:
-  leaves = jax.tree.leaves(program.abstract_state.params)
+  count = parameter_overview.count_parameters(program.abstract_state.params)
   devices = program.mesh.devices
   processes.say(
-    f"{program.config.branch} with {sum(leaf.size for leaf in leaves):,}"
+    f"{program.config.branch} with {count:,}"
     f" parameters on {devices.size} {devices.flat[0].platform} device(s);"
     " compiling the train step ..."
   )

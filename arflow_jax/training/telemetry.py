@@ -1,17 +1,21 @@
 """What a run says of itself: progress lines, a metrics file, TensorBoard.
 
-clu's TensorBoard writer needs TensorFlow. Where that is absent the run says so
-once and keeps to the console and `metrics.jsonl`.
+After a crash a launch repeats steps; a reader of either file sees each once,
+with the values of the last launch. TensorFlow is not needed.
 """
 
+import errno
+import io
 import json
 import math
 import os
+import socket
 import time
 from typing import Any
 
-from absl import logging
 from etils import epath
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from arflow_jax.parallel import processes
 
@@ -31,12 +35,12 @@ class Telemetry:
   def __init__(
     self, workdir: str, start: int, total: int, images_per_step: int
   ):
-    self._file = self._writer = None
+    self._records = self._events = None
     if processes.speaks():
       folder = epath.Path(workdir)
       folder.mkdir(parents=True, exist_ok=True)
-      self._file = _Records(folder / "metrics.jsonl", start)
-      self._writer = _tensorboard(folder)
+      self._records = _Records(folder / "metrics.jsonl", start)
+      self._events = _Events(folder, start)
     self._total, self._images = total, images_per_step
     self._first = self._last = start
     self._clock = self._begin = None
@@ -67,27 +71,63 @@ class Telemetry:
       line += f"  {_duration(mean * (self._total - step))} left"
     self._clock, self._last = now, step
     processes.say(line)
-    if not record:
-      return
-    if self._file:
-      self._file.add({"step": step} | metrics)
-    if self._writer:
-      self._writer.write_scalars(step, metrics)
+    if self._records and record:
+      self._records.add({"step": step} | metrics)
+      self._events.add(step, metrics)
 
-  def __enter__(self):
-    return self
 
-  def __exit__(self, *_):
-    if self._writer:
-      self._writer.close()
+class _Growing:
+  """A file that grows by whole records.
+
+  Object stores cannot append: there it is written anew with each record. Where
+  a record cannot be written it waits for the next one: a full disk, which may
+  be mended, costs neither the run nor the record.
+
+  Args:
+    path: of the file.
+    content: what it holds already.
+  """
+
+  def __init__(self, path: epath.Path, content: bytes = b""):
+    self._path, self._content = path, content
+    self._whole = "://" in str(path)
+    self._waiting = b""
+    self._size = len(content)
+
+  def add(self, record: bytes) -> None:
+    failed_before = bool(self._waiting)
+    self._waiting += record
+    try:
+      self._write()
+    except OSError as error:
+      if not failed_before:
+        processes.say(
+          f"{self._path} could not be written ({error.strerror}): training"
+          " goes on, and its records wait until it can"
+        )
+
+  def _write(self):
+    if self._whole:
+      self._path.write_bytes(self._content + self._waiting)
+      self._content += self._waiting
+    else:
+      with open(self._path, "ab", buffering=0) as file:
+        try:
+          written = file.write(self._waiting)
+          if written < len(self._waiting):  # as much as there was room for
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+          file.truncate(self._size)
+          raise
+      self._size += len(self._waiting)
+    self._waiting = b""
 
 
 class _Records:
   """A file of one JSON record a line, in which each step stands once.
 
   Records of steps that a launch is about to repeat are left out, and so is a
-  line that a crash cut off. Object stores can neither append nor truncate:
-  there the file is written anew with each record.
+  line that a crash cut off.
 
   Args:
     path: of the file, made anew at once.
@@ -95,29 +135,53 @@ class _Records:
   """
 
   def __init__(self, path: epath.Path, start: int):
-    self._path = path
-    kept = path.read_text().splitlines() if path.exists() else []
-    self._lines = [line for line in kept if _step(line) <= start]
-    self._whole = "://" in str(path)
-    if self._lines != kept:
-      self._write()
+    found = path.read_bytes() if path.exists() else b""
+    kept = [line for line in found.splitlines() if _step(line) <= start]
+    content = b"".join(line + b"\n" for line in kept)
+    if content != found:
+      part = path.with_name(path.name + ".part")
+      part.write_bytes(content)
+      part.replace(path)
+    self._file = _Growing(path, content)
 
   def add(self, record: dict[str, Any]) -> None:
-    line = json.dumps(record)
-    if self._whole:
-      self._lines.append(line)
-      self._write()
-    else:
-      with self._path.open("a") as file:
-        file.write(line + "\n")
-
-  def _write(self):
-    part = self._path.with_name(self._path.name + ".part")
-    part.write_text("".join(line + "\n" for line in self._lines))
-    part.replace(self._path)
+    self._file.add(json.dumps(record).encode() + b"\n")
 
 
-def _step(line: str) -> int | float:
+class _Events:
+  """TensorBoard's file of one launch.
+
+  TensorBoard reads the files of a folder in the order of their names and joins
+  them. The start that opens this one makes it drop what it read for later
+  steps: a launch after a crash repeats them.
+
+  Args:
+    folder: that of the run.
+    start: steps done before this launch.
+  """
+
+  def __init__(self, folder: epath.Path, start: int):
+    second, rest = divmod(time.time_ns(), 10**9)
+    name = f"events.out.tfevents.{second:010}.{rest:09}.{socket.gethostname()}"
+    self._file = _Growing(folder / name)
+    begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(file_version="brain.Event:2")
+    self._add(step=start + 1, session_log=begin)
+
+  def add(self, step: int, metrics: dict[str, float]) -> None:
+    # Only of simple values do all of TensorBoard's readers drop the later ones.
+    value = summary_pb2.Summary.Value
+    values = [value(tag=k, simple_value=v) for k, v in metrics.items()]
+    self._add(step=step, summary=summary_pb2.Summary(value=values))
+
+  def _add(self, **content: Any):
+    event = event_pb2.Event(wall_time=time.time(), **content)
+    framed = io.BytesIO()
+    RecordWriter(framed).write(event.SerializeToString())
+    self._file.add(framed.getvalue())
+
+
+def _step(line: bytes) -> int | float:
   """The step of a record; infinite where it is none."""
   try:
     return json.loads(line)["step"]
@@ -131,19 +195,3 @@ def _duration(seconds: float) -> str:
   if hours:
     return f"{hours}h{minutes:02}m"
   return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
-
-
-def _tensorboard(folder: epath.Path):
-  # TensorFlow computes nothing here: this only spares its start-up chatter.
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-  try:
-    from clu import metric_writers
-
-    return metric_writers.SummaryWriter(str(folder))
-  except ImportError:
-    logging.warning(
-      "TensorFlow is not installed: no TensorBoard files, metrics go to the"
-      " console and %s",
-      folder / "metrics.jsonl",
-    )
-    return None

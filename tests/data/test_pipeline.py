@@ -2,6 +2,8 @@
 
 import contextlib
 import multiprocessing
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -75,12 +77,38 @@ def test_the_step_is_the_whole_position(workers):
   assert whole[0]["images"].shape == (4, 5, 8, 8, 1)
   with contextlib.closing(batches(config, 4)) as begun:
     late = [next(begun)]
+    # No view of shared memory, which nobody would give back at the end.
+    assert {type(array) for array in late[0].values()} == {np.ndarray}
     assert len(multiprocessing.active_children()) == workers
     late += begun
   assert multiprocessing.active_children() == []
   for a, b in zip(whole[4:], late, strict=True):
     np.testing.assert_array_equal(a["images"], b["images"])
     np.testing.assert_array_equal(a["labels"], b["labels"])
+
+
+def test_loader_processes_end_with_a_trainer_that_is_killed():
+  program = (
+    "import time\n"
+    "import numpy as np\n"
+    "from arflow_jax.data import pipeline\n"
+    "from configs.arflow import get_config\n"
+    "config = get_config('digits')\n"
+    "config.data.source, config.data.workers = 'random', 1\n"
+    "items = pipeline.open_items(config)\n"
+    "begun = pipeline.batches(items, config, 0, np.arange(12))\n"
+    "next(begun)\n"
+    "print('begun', flush=True)\n"
+    "time.sleep(60)\n"
+  )
+  pipe = subprocess.PIPE
+  with subprocess.Popen(
+    [sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True
+  ) as trainer:
+    assert trainer.stdout.readline() == "begun\n"
+    trainer.kill()
+    # Returns when the last process that holds these pipes has ended.
+    assert trainer.communicate(timeout=20) == ("", "")
 
 
 def test_any_rows_of_the_same_global_batches():

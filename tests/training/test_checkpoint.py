@@ -4,7 +4,6 @@ import contextlib
 import json
 import pathlib
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +30,6 @@ def bucket(tmp_path, monkeypatch):
   (tmp_path / "here").mkdir()
   monkeypatch.chdir(tmp_path / "here")
   monkeypatch.setattr(Bucket, "ROOT", str(tmp_path / "there"))
-  # TensorFlow opens real buckets by name, and knows nothing of this one.
-  monkeypatch.setitem(sys.modules, "clu", None)
   return tmp_path
 
 

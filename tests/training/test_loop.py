@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -359,27 +358,3 @@ def test_any_mesh_trains_alike_and_resumes_anywhere(straight, tmp_path):
     moved = np.abs(b - first).max()
     assert moved > 0
     np.testing.assert_allclose(a, b, atol=0.02 * moved)
-
-
-def test_without_tensorflow_the_run_says_so_once_and_logs(tmp_path):
-  program = (
-    "import sys; sys.modules['tensorflow'] = None\n"
-    "from arflow_jax.training.telemetry import Telemetry\n"
-    f"with Telemetry({str(tmp_path)!r}, 0, 4, 20) as log:\n"
-    "  log.report(1, {'loss': 0.5}); log.start_clock(1)\n"
-    "  log.report(3, {'loss': 0.25})\n"
-  )
-  done = subprocess.run(
-    [sys.executable, "-c", program],
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert done.stderr.count("TensorFlow is not installed") == 1
-  first, second = done.stdout.splitlines()
-  assert first == "step 1/4  loss 0.5000"
-  assert "images/s" in second
-  assert "left" in second
-  records = (tmp_path / "metrics.jsonl").read_text().splitlines()
-  assert json.loads(records[1])["loss"] == 0.25
-  assert not list(pathlib.Path(tmp_path).glob("events.*"))
