@@ -1,15 +1,22 @@
-"""Printing that outlives the console: a closed pipe ends no run."""
+"""Printing that ends no run: a console may close, the disk of a log fill up."""
 
+import contextlib
 import os
 import sys
 
 
 def say(text: str) -> None:
-  """Prints a line at once, or nothing more once nobody reads."""
+  """Prints a line at once, or nothing more once nobody reads.
+
+  Where a file that takes the output cannot grow, it waits for the next line.
+  """
   try:
     print(text, flush=True)
   except BrokenPipeError:
     silence()
+  except OSError:
+    with contextlib.suppress(OSError):  # standard error may go elsewhere
+      print(text, file=sys.stderr, flush=True)
 
 
 def silence() -> None:

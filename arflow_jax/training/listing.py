@@ -231,7 +231,8 @@ def _is_damage(error: Exception) -> bool:
   """
   if isinstance(error, (Damaged, FileNotFoundError, NotADirectoryError)):
     return True
-  if isinstance(error, (OSError, MemoryError)):
+  # What JAX raises comes from a device or a compiler, not from a file.
+  if isinstance(error, (OSError, MemoryError, jax.errors.JaxRuntimeError)):
     return False
   text = str(error)
   return not any(sign in text for sign in _OF_THE_WORLD)

@@ -1,8 +1,10 @@
 """Reads all that a run has stored, to find damage before it is needed."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from etils import epath
@@ -50,7 +52,8 @@ def verify(workdir: str) -> bool:
 def damage(path: epath.Path) -> Iterator[str]:
   """What of a checkpoint cannot be read, or is not what was written.
 
-  Reads everything into the memory of the host, an array at a time.
+  Reads everything into the memory of the host: one after the other the
+  parameters, their averages and the optimiser's state.
 
   Args:
     path: of the checkpoint.
@@ -67,33 +70,42 @@ def damage(path: epath.Path) -> Iterator[str]:
     yield listing.reason(error)
     return
   sums = about.get("arrays", {})
-  names = set()
-  for place, _ in jax.tree_util.tree_leaves_with_path(stored):
-    name = "/".join(relayout.name(place))
-    names.add(name)
+  names = {
+    "/".join(relayout.name(place)): place
+    for place, _ in jax.tree_util.tree_leaves_with_path(stored)
+  }
+
+  def wrong(chosen: list[str]) -> str:
+    """What is wrong with some arrays that are read together."""
     try:
-      array = _read(path, stored, place)
-      if about and checksum.of({name: array}) != {name: sums.get(name)}:
-        yield f"{name}: its checksum differs"
+      arrays = _read(path, stored, {names[name] for name in chosen})
+      found = checksum.of(dict(zip(chosen, arrays)))
     except Exception as error:
-      yield f"{name}: {listing.reason(error)}"
-  for name in sorted(sums.keys() - names):
+      return listing.reason(error)
+    bad = about and any(found[name] != sums.get(name) for name in chosen)
+    return "its checksum differs" if bad else ""
+
+  for _, part in itertools.groupby(names, lambda name: name.partition("/")[0]):
+    part = list(part)
+    if wrong(part):  # then one by one
+      yield from (f"{x}: {why}" for x in part if (why := wrong([x])))
+  for name in sorted(sums.keys() - names.keys()):
     yield f"{name}: it is missing"
 
 
-def _read(path: epath.Path, stored, place) -> jax.Array:
-  """One array of a checkpoint, on the host."""
+def _read(path: epath.Path, stored: Any, places: set[Any]) -> list[jax.Array]:
+  """Some arrays of a checkpoint, on the host."""
   host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
-  def wanted(other, leaf):
-    if other != place:
+  def wanted(place, leaf):
+    if place not in places:
       return ocp.PLACEHOLDER
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
 
   tree = jax.tree_util.tree_map_with_path(wanted, stored)
   with echoes.dropped():
     loaded = ocp.load_checkpointables(path, {"state": tree})["state"]
-  return next(x for x in jax.tree.leaves(loaded) if x is not ocp.PLACEHOLDER)
+  return [x for x in jax.tree.leaves(loaded) if x is not ocp.PLACEHOLDER]
 
 
 def _praise(path: epath.Path) -> str:

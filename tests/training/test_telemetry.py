@@ -44,10 +44,10 @@ def scalars(monkeypatch):
 
 
 def _launch(folder, start, steps, shift=0.0):
-  with Telemetry(str(folder), start, 10, 20) as log:
-    log.start_clock(start)
-    for step in range(start + 1, steps + 1):
-      log.report(step, {"loss": step + shift, "grad_norm": 2.0 * step})
+  log = Telemetry(str(folder), start, 10, 20)
+  log.start_clock(start)
+  for step in range(start + 1, steps + 1):
+    log.report(step, {"loss": step + shift, "grad_norm": 2.0 * step})
 
 
 @pytest.fixture(params=["", "bucket://name/"], ids=["local", "bucket"])
@@ -81,18 +81,17 @@ def test_a_record_that_a_crash_cut_off_hides_no_other(tmp_path, scalars):
 
 
 def test_steps_show_at_once(tmp_path, scalars):
-  with Telemetry(str(tmp_path), 0, 4, 20) as log:
-    log.report(1, {"loss": 0.5})
-    assert scalars(tmp_path)["loss"] == [(1, 0.5)]
+  Telemetry(str(tmp_path), 0, 4, 20).report(1, {"loss": 0.5})
+  assert scalars(tmp_path)["loss"] == [(1, 0.5)]
 
 
 def test_progress_is_written_without_tensorflow(tmp_path, scalars):
   program = (
     "import sys; sys.modules['tensorflow'] = None\n"
     "from arflow_jax.training.telemetry import Telemetry\n"
-    f"with Telemetry({str(tmp_path)!r}, 0, 4, 20) as log:\n"
-    "  log.report(1, {'loss': 0.5}); log.start_clock(1)\n"
-    "  log.report(3, {'loss': 0.25})\n"
+    f"log = Telemetry({str(tmp_path)!r}, 0, 4, 20)\n"
+    "log.report(1, {'loss': 0.5}); log.start_clock(1)\n"
+    "log.report(3, {'loss': 0.25})\n"
   )
   done = subprocess.run(
     [sys.executable, "-c", program],

@@ -1,0 +1,177 @@
+"""Saves that fail: said at once in one line, made good, nothing left over."""
+
+import contextlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from arflow_jax.training import listing, loop, telemetry
+from arflow_jax.training import program as program_lib
+from arflow_jax.training.saver import Saver
+from tests import faults
+from tests.tiny import stored_state, tiny_config
+
+CONFIG = tiny_config(checkpoint__failures=3)
+
+
+@pytest.fixture(scope="module")
+def state():
+  return program_lib.build(CONFIG).init()
+
+
+@pytest.fixture
+def saver(tmp_path):
+  with contextlib.closing(Saver(str(tmp_path), CONFIG)) as saver:
+    yield saver
+
+
+def _failed(saver):
+  """What `failed` says once the save is done."""
+  while not saver._pending.done():
+    pass
+  return saver.failed()
+
+
+def _names(tmp_path):
+  return sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_a_failed_save_is_said_in_one_line_and_made_good(
+  saver, state, tmp_path, capfd
+):
+  saver.save(1, state, {})
+  assert not _failed(saver)
+  with faults.files_end_at(20_000) as lift:
+    saver.save(2, state, {})
+    assert _failed(saver)  # again at once
+    saver.save(3, state, {})
+    assert not _failed(saver)  # then with the next checkpoint
+    lift()
+    out, err = capfd.readouterr()
+  assert err == ""
+  first, second = out.splitlines()
+  assert first.startswith(
+    "the checkpoint of step 2 could not be saved (File too large; it needs up"
+    " to 246kB, "
+  )
+  assert f"B are free in {tmp_path}/checkpoints)" in first
+  assert first.endswith(
+    ", failure 1 of checkpoint.failures=3 in a row: training goes on and saves"
+    " again at once"
+  )
+  assert "step 3 " in second
+  assert second.endswith("saves again at the next checkpoint")
+  saver.save(4, state, {})
+  assert not _failed(saver)
+  assert _names(tmp_path) == ["1", "4"]  # and nothing of the failed ones
+  back = stored_state(CONFIG, tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, back, state)
+
+
+def test_so_many_failures_in_a_row_are_an_error(saver, state, tmp_path):
+  with faults.files_end_at(20_000):
+    for step in (1, 2):
+      saver.save(step, state, {})
+      _failed(saver)
+    saver.save(3, state, {})
+    with pytest.raises(OSError, match=r"failures=3 in a row: stopped; start"):
+      _failed(saver)
+
+
+def test_the_count_begins_anew_after_a_good_save(saver, state):
+  for first in (1, 5):
+    with faults.files_end_at(20_000):
+      for step in (first, first + 1):
+        saver.save(step, state, {})
+        _failed(saver)
+    saver.save(first + 2, state, {})
+    assert not _failed(saver)
+
+
+def test_a_failure_is_never_overlooked(saver, state, capsys):
+  """Also where the next save begins before anybody has asked."""
+  with faults.files_end_at(20_000):
+    saver.save(1, state, {})
+    while not saver._pending.done():
+      pass
+    saver.save(2, state, {})
+  assert "the checkpoint of step 1 could not" in capsys.readouterr().out
+
+
+def test_the_last_save_is_tried_three_times(
+  saver, state, tmp_path, capsys, monkeypatch
+):
+  config = (
+    "orbax.checkpoint:v1.training.Checkpointer.save_checkpointables_async"
+  )
+  error = OSError(5, "Input/output error")
+  faults.fail(monkeypatch, config, error, calls=(1, 2))
+  saver.finish(4, state, {"steps": 1.0})
+  assert listing.steps(str(tmp_path)) == [4]
+  out = capsys.readouterr().out
+  assert out.count("could not be saved (Input/output error;") == 2
+  faults.fail(monkeypatch, config, error, calls=None)
+  with pytest.raises(OSError, match=r"step 5 could not be saved .* is lost"):
+    saver.finish(5, state, {})
+
+
+def test_leftovers_are_removed_at_the_start(state, tmp_path):
+  left = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp" / "state"
+  left.mkdir(parents=True)
+  (left / "array").write_bytes(b"0" * 1000)
+  with contextlib.closing(Saver(str(tmp_path), CONFIG)) as saver:
+    saver.finish(8, state, {})
+  assert _names(tmp_path) == ["8"]
+
+
+def test_training_outlives_a_disk_that_is_full_for_a_while(
+  tmp_path, monkeypatch, capsys
+):
+  """No room for checkpoints or records from step 3 to step 6."""
+  config = tiny_config(steps=8, checkpoint__every=2, log__every=1)
+  loop.train(config, str(tmp_path / "undisturbed"))
+  run = tmp_path / "run"
+  report = telemetry.Telemetry.report
+  with contextlib.ExitStack() as stack:
+
+    def filling(self, step, *args, **kwargs):
+      if step == 3:
+        stack.enter_context(faults.files_end_at(100))
+      if step == 6:
+        stack.close()
+      report(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(telemetry.Telemetry, "report", filling)
+    assert loop.train(config, str(run)) == 8
+  out, err = capsys.readouterr()
+  assert "Traceback" not in err
+  assert "metrics.jsonl could not be written (File too large)" in out
+  assert _names(run)[-1] == "8"
+  losses = [
+    [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+    for path in sorted(tmp_path.glob("*/metrics.jsonl"))
+  ]
+  assert losses[0] == losses[1]
+  assert len(losses[0]) == 8
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    stored_state(config, run),
+    stored_state(config, tmp_path / "undisturbed"),
+  )
+
+
+@pytest.mark.slow
+def test_a_small_disk_fills_up(tmp_path, capsys):
+  """The checkpoints that are there stay good; the end is an error."""
+  config = tiny_config(steps=20, checkpoint__keep=20)
+  with faults.small_disk(tmp_path / "small", 2_000_000) as folder:
+    with pytest.raises(OSError, match="No space left on device; it needs"):
+      loop.train(config, str(folder / "run"))
+    steps = listing.steps(str(folder / "run"))
+    assert int(stored_state(config, folder / "run").step) == steps[-1]
+  out, err = capfd.readouterr()
+  assert err == ""
+  assert out.count("could not be saved") == 4
+  assert len(out.splitlines()) < 40
