@@ -18,9 +18,6 @@ from arflow_jax.training import checkpoint, listing, loop, telemetry
 from arflow_jax.training import program as program_lib
 from tests.tiny import flags, stored_state, tiny_config
 
-# Of steps 201 to 203, by the version that made tests/sampling/tiny_run.
-TINY_LOSSES = [0.8231241106987, 0.6754682064056396, 0.8065956234931946]
-
 
 def _same(a, b) -> bool:
   pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -111,15 +108,36 @@ def test_progress_and_metrics(straight):
   assert records[-1].keys() >= {"loss", "grad_norm", "images_per_second"}
 
 
-def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+@pytest.mark.parametrize(
+  ("run", "steps", "every", "losses"),
+  [
+    # Of format 1, with another layout of parameters.
+    (
+      "tests/sampling/tiny_run",
+      203,
+      1,
+      [0.8231241106987, 0.6754682064056396, 0.8065956234931946],
+    ),
+    # Of format 2, after step 203; its first mean covers steps 201 to 204.
+    (
+      "tests/training/run_of_format_2",
+      206,
+      2,
+      [0.7515822798013687, 0.8705807030200958],
+    ),
+  ],
+)
+def test_a_run_of_an_earlier_version_goes_on(
+  tmp_path, run, steps, every, losses
+):
   """It has the losses that it would have had with the code that made it."""
-  shutil.copytree("tests/sampling/tiny_run", tmp_path / "run")
+  shutil.copytree(run, tmp_path / "run")
   config = listing.read_config(str(tmp_path / "run")).unlock()
-  config.steps, config.log.every = 203, 1
-  assert loop.train(config, str(tmp_path / "run")) == 203
+  config.steps, config.log.every = steps, every
+  assert loop.train(config, str(tmp_path / "run")) == steps
   lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-  losses = [json.loads(line)["loss"] for line in lines]
-  np.testing.assert_allclose(losses, TINY_LOSSES, rtol=1e-5)
+  found = [json.loads(line)["loss"] for line in lines]
+  np.testing.assert_allclose(found, losses, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
