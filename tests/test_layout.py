@@ -10,6 +10,7 @@ PACKAGE = pathlib.Path(arflow_jax.__file__).parent
 # the services, which may as long as there is no circle.
 FLOORS = (
   ("errors",),
+  ("values",),
   ("config", "paths", "console"),
   ("flow", "nn", "kernels"),
   ("arflow", "flowar"),
