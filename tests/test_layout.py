@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(arflow_jax.__file__).parent
 FLOORS = (
   ("errors",),
   ("values",),
-  ("config", "paths", "console"),
+  ("config", "paths", "console", "signals"),
   ("flow", "nn", "kernels"),
   ("arflow", "flowar"),
   ("branches", "parallel"),
