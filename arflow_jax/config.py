@@ -193,7 +193,8 @@ def make(
   names = [field.name for field in dataclasses.fields(kind)]
   for key in fields:
     if key not in names:
-      raise ConfigError(f"{group}.{key} is unknown{nearest(key, names)}")
+      hint = nearest(key, names)
+      raise ConfigError(f"{group}.{key} is not known to this branch{hint}")
   if missing := [name for name in names if name not in fields]:
     raise ConfigError(f"the config lacks {group}.{f', {group}.'.join(missing)}")
   values.check(f"{group}.", fields, rules)
@@ -279,14 +280,20 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def nearest(key: str, known: list[str]) -> str:
-  """A hint naming the known key most like an unknown one, if any is near."""
+def nearest(key: str, known: list[str], mark: str = "") -> str:
+  """A hint naming the known key most like an unknown one, if any is near.
+
+  Args:
+    key: the unknown one.
+    known: names to choose from.
+    mark: what stands before a name in the hint.
+  """
   tail = key.rpartition(".")[2]  # `lr` is nearer to `peak_lr` than to `clip`
   likely = [name for name in known if tail in name.rpartition(".")[2]]
   matches = difflib.get_close_matches(
     key, likely or known, n=1, cutoff=0.0 if likely else 0.6
   )
-  return f"; did you mean {matches[0]}?" if matches else ""
+  return f"; did you mean {mark}{matches[0]}?" if matches else ""
 
 
 def update(group: ConfigDict, overrides: dict[str, Any], name: str) -> None:

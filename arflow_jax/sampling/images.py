@@ -255,7 +255,7 @@ def parse_labels(text: str) -> list[int]:
   """
   labels = []
   for part in text.split(","):
-    found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+    found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part.strip())
     if not found:
       raise ConfigError(
         f"labels {text!r} are not numbers (of at most six digits) and ranges"
