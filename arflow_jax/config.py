@@ -19,38 +19,6 @@ from arflow_jax.errors import ConfigError
 
 KEY_TYPES = (int, float, bool, str, tuple)
 
-# What the values of the shared keys must be; `branches` and `optimizer` check
-# their own names. Numbers of steps may be beyond the end of a run: "never".
-RULES = {
-  "seed": values.SEED,
-  "steps": values.whole(),
-  "batch_size": values.whole(),
-  "data.source": values.text,
-  "data.dir": values.optional(values.text),
-  "data.sequence_length": values.whole(1, 65_536),
-  "data.flip": values.switch,
-  "data.workers": values.whole(0, 1024),
-  "optimizer.peak_lr": values.real("(0, 1000]"),
-  "optimizer.warmup_steps": values.whole(0),
-  "optimizer.decay_steps": values.optional(values.whole()),
-  "optimizer.final_fraction": values.SHARE,
-  "optimizer.b1": values.PROBABILITY,
-  "optimizer.b2": values.PROBABILITY,
-  "optimizer.eps": values.real("(0, 1]"),
-  "optimizer.weight_decay": values.real("[0, 1000]"),
-  "optimizer.clip_threshold": values.real("(0, 1e30]"),
-  "optimizer.accumulation": values.whole(),
-  "ema.decay": values.PROBABILITY,
-  "mesh.data": values.whole(-1),
-  "mesh.fsdp": values.whole(),
-  "checkpoint.every": values.whole(),
-  "checkpoint.keep": values.whole(),
-  "checkpoint.keep_every": values.optional(values.whole()),
-  "eval.num_samples": values.whole(1, 10_000_000),
-  "sample.block_size": values.whole(1, 65_536),
-  "log.every": values.whole(),
-}
-
 # What a relaunch may change: what shapes no result, or by rounding alone, so
 # that a run can move to other hardware. Every other key is frozen.
 FREE = (
@@ -322,4 +290,4 @@ def check(config: ConfigDict) -> None:
 
   The branch checks those of its own two groups, `model` and `sample`.
   """
-  values.check("", flatten(config.to_dict()), RULES)
+  values.check("", flatten(config.to_dict()), values.SHARED)

@@ -4,6 +4,7 @@ A rule is called with the key, for the message, and the value. Every number has
 bounds: what is beyond them runs out of memory, overflows or never ends.
 """
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,8 +19,9 @@ def whole(low: int = 1, high: int = _COUNT) -> Rule:
   """A whole number from `low` to `high`."""
 
   def rule(key: str, value: Any) -> None:
-    # Not `isinstance`, for True would count as 1.
-    if type(value) is not int or not low <= value <= high:
+    # True would count as 1.
+    number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
       raise ConfigError(
         f"{key}={value!r} must be a whole number from {low} to {high}"
       )
@@ -33,7 +35,8 @@ def real(interval: str) -> Rule:
 
   def rule(key: str, value: Any) -> None:
     inside = (
-      type(value) in (int, float)
+      isinstance(value, numbers.Real)
+      and not isinstance(value, bool)
       and (low < value if interval[0] == "(" else low <= value)
       and (value < high if interval[-1] == ")" else value <= high)
     )
@@ -106,3 +109,35 @@ SEED = whole(0, 2**32 - 1)  # random keys tell these seeds from one another
 SIZE = whole(1, 2**20)
 SHARE = real("[0, 1]")
 PROBABILITY = real("[0, 1)")
+
+# What the values of the shared keys must be; `branches` and `optimizer` check
+# their own names. Numbers of steps may be beyond the end of a run: "never".
+SHARED = {
+  "seed": SEED,
+  "steps": whole(),
+  "batch_size": whole(),
+  "data.source": text,
+  "data.dir": optional(text),
+  "data.sequence_length": whole(1, 65_536),
+  "data.flip": switch,
+  "data.workers": whole(0, 1024),
+  "optimizer.peak_lr": real("(0, 1000]"),
+  "optimizer.warmup_steps": whole(0),
+  "optimizer.decay_steps": optional(whole()),
+  "optimizer.final_fraction": SHARE,
+  "optimizer.b1": PROBABILITY,
+  "optimizer.b2": PROBABILITY,
+  "optimizer.eps": real("(0, 1]"),
+  "optimizer.weight_decay": real("[0, 1000]"),
+  "optimizer.clip_threshold": real("(0, 1e30]"),
+  "optimizer.accumulation": whole(),
+  "ema.decay": PROBABILITY,
+  "mesh.data": whole(-1),
+  "mesh.fsdp": whole(),
+  "checkpoint.every": whole(),
+  "checkpoint.keep": whole(),
+  "checkpoint.keep_every": optional(whole()),
+  "eval.num_samples": whole(1, 10_000_000),
+  "sample.block_size": whole(1, 65_536),
+  "log.every": whole(),
+}

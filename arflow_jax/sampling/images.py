@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8, UInt32
 from ml_collections import ConfigDict
 
-from arflow_jax import config as config_lib
 from arflow_jax import values
 from arflow_jax.branches import Branch
 from arflow_jax.data import sources
@@ -155,7 +154,7 @@ class Generator:
     mesh: Mesh,
     decode: Decode,
   ):
-    config_lib.RULES["sample.block_size"]("sample.block_size", block_size)
+    values.SHARED["sample.block_size"]("sample.block_size", block_size)
     values.SEED("seed", seed)
     self.settings = settings
     self._branch, self._params, self._mesh = branch, params, mesh
