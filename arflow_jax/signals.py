@@ -5,6 +5,7 @@ handlers wait. Nothing is lost by it: `sample` writes each file as a whole and
 goes on from there, and training, which has to save, has `training/stop.py`.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -30,6 +31,9 @@ def watch() -> None:
     # What was told to ignore them, such as a job in the background, goes on.
     if signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, lambda *_: None)
+      # First registered, last called: then all is done, and Python would fall
+      # back to dying of them while it ends.
+      atexit.register(signal.signal, number, signal.SIG_IGN)
   signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
   threading.Thread(target=_wait, args=(heard,), daemon=True).start()
 

@@ -112,6 +112,19 @@ raise SystemExit(7)
   assert _ended(["-c", program], 0, 0)[0] == 7
 
 
+def test_a_signal_while_python_ends_changes_nothing(tmp_path):
+  program = """
+import os, signal
+from arflow_jax import signals
+signals.watch()
+class Last:
+  def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
+    kill(process, number)
+os.last = Last()  # goes when the modules go
+"""
+  assert _ended(["-c", program], 0, 0) == (0, "", "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.png", "x.npz", "x"])
 def test_sample_goes_on_wherever_it_was_interrupted(name, tmp_path):
