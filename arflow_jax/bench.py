@@ -9,13 +9,20 @@ sampling follows the config's own `sample` settings. --compare prints the ratios
 of this run over an earlier --out.
 """
 
-from arflow_jax import cli
+from arflow_jax import cli, console
 
 
 def define(flags: cli.Flags) -> None:
   flags.config()
   flags.define("list", "what", "train,sample", "Programs to time.")
-  flags.define("integer", "repeats", 10, "Timed calls of each.", lower_bound=10)
+  flags.define(
+    "integer",
+    "repeats",
+    10,
+    "Timed calls of each.",
+    lower_bound=10,
+    upper_bound=10_000,
+  )
   flags.define("path", "out", None, "X.json to keep the figures in.")
   flags.define("path", "compare", None, "X.json of another run, for ratios.")
   flags.define("bool", "overwrite", False, "Replace an existing output.")
@@ -28,13 +35,13 @@ def main(args: cli.Args) -> None:
     bench_report.check_output(args.out, args.overwrite)
   other = bench_report.read(args.compare) if args.compare else None
   speeds = benchmark.measure(args.config, args.what, args.repeats)
-  print(bench_report.table(speeds, args.config.model.dtype))
+  console.say(bench_report.table(speeds, args.config.model.dtype))
   measured = bench_report.record(speeds, args.config)
   if other:
-    print("\n" + bench_report.compare(measured, other))
+    console.say("\n" + bench_report.compare(measured, other))
   if args.out:
     bench_report.write(args.out, measured)
-    print(args.out)
+    console.say(args.out)
 
 
 if __name__ == "__main__":

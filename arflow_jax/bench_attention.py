@@ -8,9 +8,11 @@ second needs no TPU but libtpu: what its compiler says of each implementation,
 and of the whole ARFlow-XL/2 train step with each.
 """
 
+import functools
+import shutil
 import tempfile
 
-from arflow_jax import cli
+from arflow_jax import cli, console, signals
 from arflow_jax.errors import ConfigError
 
 _LARGEST = 65_536  # of any number of tokens, images or items
@@ -21,7 +23,9 @@ def define(flags: cli.Flags) -> None:
   flags.define("list", "sizes", "S,B,L,XL", "Published networks.")
   flags.define("list", "tokens", _NUMBERS["tokens"], "Tokens an image.")
   flags.define("list", "images", _NUMBERS["images"], "Images in a sequence.")
-  flags.define("integer", "batch", 8, "Sequences.", lower_bound=1)
+  flags.define(
+    "integer", "batch", 8, "Sequences.", lower_bound=1, upper_bound=_LARGEST
+  )
   flags.define(
     "enum",
     "dtype",
@@ -42,7 +46,14 @@ def define(flags: cli.Flags) -> None:
     None,
     "Names; by default all that can run here, or xla,pallas_tpu.",
   )
-  flags.define("integer", "repeats", 10, "Timed calls of each.", lower_bound=3)
+  flags.define(
+    "integer",
+    "repeats",
+    10,
+    "Timed calls of each.",
+    lower_bound=3,
+    upper_bound=10_000,
+  )
   flags.define(
     "enum",
     "topology",
@@ -67,6 +78,8 @@ def main(args: cli.Args) -> None:
     from arflow_jax.analysis import tpu
 
     with tempfile.TemporaryDirectory() as dump:
+      clean = functools.partial(shutil.rmtree, dump, ignore_errors=True)
+      signals.cleaners.append(clean)
       tpu.prepare(dump)  # before anything uses JAX
       _report(args, dump)
   else:
@@ -75,7 +88,9 @@ def main(args: cli.Args) -> None:
 
 def _numbers(args: cli.Args, flag: str) -> list[int]:
   values = getattr(args, flag)
-  if not values or not all(v.isdecimal() and int(v) > 0 for v in values):
+  if not values or not all(
+    v.isascii() and v.isdecimal() and int(v) > 0 for v in values
+  ):
     raise ConfigError(
       f"--{flag}={','.join(values)} must be positive whole numbers, such as"
       f" --{flag}={_NUMBERS[flag]}"
@@ -120,13 +135,13 @@ def _report(args: cli.Args, dump: str | None) -> None:
     measured = static.compiled(
       problems, args.implementations, args.topology, dump
     )
-  print(bench.table(measured))
+  console.say(bench.table(measured))
   if dump is not None and args.step:
     measured["step"] = static.steps(args.config, args.topology, batches, dump)
-    print("\n" + bench.step_table(measured["step"]))
+    console.say("\n" + bench.step_table(measured["step"]))
   if args.out:
     bench_report.write(args.out, measured)
-    print(args.out)
+    console.say(args.out)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,11 @@ class Flags:
     text = "Directory of the run: checkpoints, metrics, samples."
     self.define("path", "workdir", None, text, required=True)
 
+  def seed(self) -> None:
+    """Defines `--seed`, the numbers that random keys tell from one another."""
+    bounds = {"lower_bound": 0, "upper_bound": 2**32 - 1}
+    self.define("integer", "seed", 0, "Seed of the noise.", **bounds)
+
   def help(self) -> str:
     """One line a flag."""
     lines = ["flags:"]
@@ -125,14 +130,8 @@ class Flags:
     try:
       unexpected = overrides(argv)[1:]
     except flags.UnrecognizedFlagError as error:
-      name = error.flagname
-      key = name.removeprefix("config.")
-      if keys and key != name:
-        hint = config_lib.nearest(key, keys)
-        raise ConfigError(f"unknown config key --{name}{hint}") from None
-      known = [f"--{flag}" for flag in (*self._values, *overrides)]
-      hint = config_lib.nearest(f"--{name}", known)
-      raise ConfigError(f"unknown flag --{name}{hint}") from None
+      hint = self._hint(error.flagname, keys)
+      raise ConfigError(f"unknown flag --{error.flagname}{hint}") from None
     if unexpected:
       raise ConfigError(
         f"unexpected argument {unexpected[0]!r}; flags look like --name=value"
@@ -140,6 +139,18 @@ class Flags:
     for key in keys:
       if (flag := overrides[f"config.{key}"]).present:
         config.update_from_flattened_dict({key: flag.value})
+
+  def _hint(self, name: str, keys: list[str]) -> str:
+    """What may have been meant by an unknown flag, after its name."""
+    key = name.removeprefix("config.")
+    if any(known.startswith(f"{key}.") for known in keys):
+      return ": it is a group; set one of its keys"
+    if key != name and keys:
+      return config_lib.nearest(key, keys, "--config.")
+    if key != name and "set" in self._values:
+      return ": a run has its own config; --set=KEY=VALUE changes how it draws"
+    known = [*self._values, *(f"config.{key}" for key in keys)]
+    return config_lib.nearest(name, known, "--")
 
 
 class _TupleParser(flags.ArgumentParser):
@@ -217,6 +228,13 @@ def execute(module: types.ModuleType, argv: Sequence[str]) -> int:
     code = module.main(args)
   except (ConfigError, FloatingPointError, OSError) as error:
     return _fail(error, 1)
+  except (MemoryError, RuntimeError) as error:
+    reason = str(error).partition("\n")[0]
+    if "out of memory" not in reason.lower() and not isinstance(
+      error, MemoryError
+    ):
+      raise  # as JAX says it of a device
+    return _fail(f"a batch or block is too large for the memory: {reason}", 1)
   except KeyboardInterrupt:
     return _fail("interrupted", 130)
   return code or 0

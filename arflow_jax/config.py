@@ -9,60 +9,15 @@ import difflib
 import functools
 import importlib.util
 import json
-import math
 import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from arflow_jax import values
 from arflow_jax.errors import ConfigError
 
 KEY_TYPES = (int, float, bool, str, tuple)
-
-# What the numbers of the shared keys must be; the mesh checks its own.
-_RULES = (
-  (
-    "must be positive",
-    lambda x: x > 0,
-    (
-      "steps",
-      "batch_size",
-      "data.sequence_length",
-      "optimizer.peak_lr",
-      "optimizer.decay_steps",
-      "optimizer.eps",
-      "optimizer.clip_threshold",
-      "optimizer.accumulation",
-      "checkpoint.every",
-      "checkpoint.keep",
-      "checkpoint.keep_every",
-      "checkpoint.failures",
-      "eval.num_samples",
-      "sample.block_size",
-      "log.every",
-    ),
-  ),
-  (
-    "must not be negative",
-    lambda x: x >= 0,
-    ("data.workers", "optimizer.warmup_steps", "optimizer.weight_decay"),
-  ),
-  (
-    "must lie in [0, 1)",
-    lambda x: 0 <= x < 1,
-    ("optimizer.b1", "optimizer.b2", "ema.decay"),
-  ),
-  (
-    "must lie in [0, 1]",
-    lambda x: 0 <= x <= 1,
-    ("optimizer.final_fraction",),
-  ),
-  (
-    "is more than a counter of 32 bits can hold",
-    lambda x: x < 2**31,
-    ("steps", "batch_size", "optimizer.warmup_steps", "optimizer.decay_steps"),
-  ),
-)
 
 # What a relaunch may change: what shapes no result, or by rounding alone, so
 # that a run can move to other hardware. Every other key is frozen.
@@ -193,19 +148,27 @@ def takes_none(config: ConfigDict, key: str) -> bool:
   return isinstance(fields[name], config_dict.FieldReference)
 
 
-def make(kind: type, values: dict[str, Any], group: str) -> Any:
+def make(
+  kind: type,
+  fields: dict[str, Any],
+  group: str,
+  rules: dict[str, values.Rule],
+) -> Any:
   """A dataclass from the values of a config group.
 
   Raises:
-    ConfigError: keys that it lacks or does not know.
+    ConfigError: keys that it lacks or does not know, values against a rule.
   """
   names = [field.name for field in dataclasses.fields(kind)]
-  for key in values:
+  for key in fields:
     if key not in names:
-      raise ConfigError(f"{group}.{key} is unknown{nearest(key, names)}")
-  if missing := [name for name in names if name not in values]:
+      hint = nearest(key, names)
+      raise ConfigError(f"{group}.{key} is not known to this branch{hint}")
+  if missing := [name for name in names if name not in fields]:
     raise ConfigError(f"the config lacks {group}.{f', {group}.'.join(missing)}")
-  return kind(**values)
+  values.check(f"{group}.", fields, rules)
+  tuples = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+  return kind(**fields | tuples)  # JSON makes lists of tuples
 
 
 def dumps(config: ConfigDict) -> str:
@@ -286,14 +249,20 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def nearest(key: str, known: list[str]) -> str:
-  """A hint naming the known key most like an unknown one, if any is near."""
+def nearest(key: str, known: list[str], mark: str = "") -> str:
+  """A hint naming the known key most like an unknown one, if any is near.
+
+  Args:
+    key: the unknown one.
+    known: names to choose from.
+    mark: what stands before a name in the hint.
+  """
   tail = key.rpartition(".")[2]  # `lr` is nearer to `peak_lr` than to `clip`
   likely = [name for name in known if tail in name.rpartition(".")[2]]
   matches = difflib.get_close_matches(
     key, likely or known, n=1, cutoff=0.0 if likely else 0.6
   )
-  return f"; did you mean {matches[0]}?" if matches else ""
+  return f"; did you mean {mark}{matches[0]}?" if matches else ""
 
 
 def update(group: ConfigDict, overrides: dict[str, Any], name: str) -> None:
@@ -317,30 +286,9 @@ def update(group: ConfigDict, overrides: dict[str, Any], name: str) -> None:
       raise ConfigError(f"{name}.{key}={value!r}: {reason}") from None
 
 
-def check_seed(name: str, seed: int) -> None:
-  """Raises ConfigError unless random keys tell `seed` from all others."""
-  if not 0 <= seed < 2**32:
-    raise ConfigError(f"{name}={seed} must lie between 0 and {2**32 - 1}")
-
-
-def probability(name: str, value: float) -> None:
-  """Raises ConfigError unless `value` lies in [0, 1)."""
-  if not 0 <= value < 1:
-    raise ConfigError(f"{name}={value} must lie in [0, 1)")
-
-
 def check(config: ConfigDict) -> None:
-  """Raises ConfigError unless the numbers of the shared keys can work.
+  """Raises ConfigError unless the values of the shared keys can work.
 
-  The branch checks those of `model` and `sample`, but that none is infinite or
-  not a number is seen here.
+  The branch checks those of its own two groups, `model` and `sample`.
   """
-  flat = {k: v for k, v in flatten(config.to_dict()).items() if v is not None}
-  for key, value in flat.items():
-    if isinstance(value, float) and not math.isfinite(value):
-      raise ConfigError(f"{key}={value} must be a finite number")
-  check_seed("seed", config.seed)
-  for rule, allows, keys in _RULES:
-    for key in keys:
-      if key in flat and not allows(flat[key]):
-        raise ConfigError(f"{key}={flat[key]} {rule}")
+  values.check("", flatten(config.to_dict()), values.SHARED)

@@ -21,11 +21,12 @@ def define(flags: cli.Flags) -> None:
     "num_samples",
     None,
     "Images at each scale; the run's own number if unset.",
+    lower_bound=1,
   )
   flags.define(
     "multi_string", "set", [], "KEY=VALUE of the run's sample config."
   )
-  flags.define("integer", "seed", 0, "Seed of the noise.", lower_bound=0)
+  flags.seed()
 
 
 def main(args: cli.Args) -> None:

@@ -28,7 +28,7 @@ def define(flags: cli.Flags) -> None:
   flags.define(
     "multi_string", "set", [], "KEY=VALUE of the run's sample config."
   )
-  flags.define("integer", "seed", 0, "Seed of the noise.", lower_bound=0)
+  flags.seed()
   flags.define("bool", "overwrite", False, "Replace an existing output.")
 
 

@@ -10,7 +10,8 @@ PACKAGE = pathlib.Path(arflow_jax.__file__).parent
 # the services, which may as long as there is no circle.
 FLOORS = (
   ("errors",),
-  ("config", "paths", "console"),
+  ("values",),
+  ("config", "paths", "console", "signals"),
   ("flow", "nn", "kernels"),
   ("arflow", "flowar"),
   ("branches", "parallel"),

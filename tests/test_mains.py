@@ -82,20 +82,26 @@ USAGE_ERRORS = [
   (
     train,
     [CONFIG, "--config.optimizer.peek_lr=1"],
-    "unknown config key --config.optimizer.peek_lr;"
-    " did you mean optimizer.peak_lr?",
+    "unknown flag --config.optimizer.peek_lr;"
+    " did you mean --config.optimizer.peak_lr?",
   ),
   (
     train,
     [CONFIG, "--config.optimizer.lr=1"],
-    "--config.optimizer.lr; did you mean optimizer.peak_lr?",
+    "--config.optimizer.lr; did you mean --config.optimizer.peak_lr?",
   ),
   (
     train,
     [CONFIG, "--config.optimzer.peak_lr", "1"],
-    "--config.optimzer.peak_lr; did you mean optimizer.peak_lr?",
+    "--config.optimzer.peak_lr; did you mean --config.optimizer.peak_lr?",
   ),
-  (train, [CONFIG, "--config.foo=1"], "unknown config key --config.foo"),
+  (train, [CONFIG, "--config.foo=1"], "unknown flag --config.foo"),
+  (train, [CONFIG, "--config.model=x"], "--config.model: it is a group; set"),
+  (train, ["--config.steps=3", "--workdir=x"], "--config is required"),
+  *(
+    (main, [f"--workdir={TINY_RUN}", "--config.steps=3"], "; --set=KEY=VALUE")
+    for main in (sample, evaluate)
+  ),
   (
     train,
     [CONFIG, "--optimizer.peak_lr=1"],
@@ -227,7 +233,7 @@ ERRORS = [
   (
     evaluate,
     [f"--workdir={TINY_RUN}", "--guidance=-1"],
-    "guidance=-1.0 must not be negative",
+    "guidance=-1.0 must be a number in [0, 100]",
   ),
 ]
 
@@ -246,6 +252,8 @@ def test_bad_input_is_one_clear_line(code, main, args, message, capsys):
 
 def test_a_hint_only_where_something_is_near(capsys):
   assert cli.execute(train, [CONFIG, "--bogus=1", "--workdir=x"]) == 2
+  assert capsys.readouterr().err == "error: unknown flag --bogus\n"
+  assert cli.execute(bench, [CONFIG, "--bogus=1"]) == 2
   assert capsys.readouterr().err == "error: unknown flag --bogus\n"
 
 
@@ -309,6 +317,13 @@ def test_a_config_file_is_checked_for_its_form(
   [
     (FloatingPointError("loss is nan at step 3"), 1, "loss is nan at step 3"),
     (OSError("No space left"), 1, "No space left"),
+    *(
+      (error, 1, f"a batch or block is too large for the memory: {error}")
+      for error in (
+        MemoryError("Unable to allocate 9 TiB"),
+        RuntimeError("INTERNAL: Out of memory allocating 9 bytes."),
+      )
+    ),
     (KeyboardInterrupt(), 130, "interrupted"),
   ],
 )

@@ -21,6 +21,7 @@ from arflow_jax.errors import ConfigError
 from arflow_jax.kernels import hybrid_attention as package
 from arflow_jax.kernels.hybrid_attention import cases
 from arflow_jax.kernels.hybrid_attention.cases import Case
+from arflow_jax.parallel import mesh as mesh_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,18 @@ def timed(
     repeats: timed calls of each.
 
   Raises:
-    ConfigError: a named implementation that cannot run here.
+    ConfigError: a named implementation that cannot run here, or arrays that do
+      not fit the memory.
   """
+  there = mesh_lib.memory(jax.devices()[:1])
+  for problem in problems:
+    needed = sum(x.size * x.dtype.itemsize for x in problem.arguments)
+    if there is not None and needed > there:
+      raise ConfigError(
+        f"the arrays of {problem.case.name} take {needed / 1e9:,.1f} GB, and"
+        f" the device has {there / 1e9:,.1f} GB: lower --batch, --tokens or"
+        " --images"
+      )
   known = [name for name in package.IMPLEMENTATIONS if "interpret" not in name]
   check(problems, names or [])
   product, copy = _product_rate(problems[0].dtype), _copy_rate()

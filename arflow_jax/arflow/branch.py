@@ -1,5 +1,6 @@
 """ARFlow as the trainer, the sampler and the evaluator see it."""
 
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -8,11 +9,18 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
+from arflow_jax import values
 from arflow_jax.arflow import sampler, trajectory, weights
-from arflow_jax.arflow.network import ARFlow, ModelConfig
+from arflow_jax.arflow.network import RULES, ARFlow, ModelConfig
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import objective
 from arflow_jax.nn.functional import Blueprint, Params
+
+
+@functools.lru_cache(maxsize=8)
+def _network(model: ModelConfig) -> Blueprint:
+  """One for all branches that agree: it takes a while to trace."""
+  return Blueprint(lambda rngs: ARFlow(model, rngs=rngs))
 
 
 class ARFlowBranch:
@@ -23,14 +31,14 @@ class ARFlowBranch:
 
   def __init__(self, config: ConfigDict):
     model = config.model.to_dict()
-    self.label_dropout = model.pop("label_dropout")
-    config_lib.probability("model.label_dropout", self.label_dropout)
-    self.config = model = config_lib.make(ModelConfig, model, "model")
+    self.label_dropout = model.pop("label_dropout", None)
+    values.PROBABILITY("model.label_dropout", self.label_dropout)
+    self.config = model = config_lib.make(ModelConfig, model, "model", RULES)
     self.num_classes = model.num_classes
     self.image_shape = (model.image_size, model.image_size, model.channels)
     self.item_shape = (config.data.sequence_length, *self.image_shape)
     # Parameters to the network: ARFlow(x, t, labels, state).
-    self.network = Blueprint(lambda rngs: ARFlow(model, rngs=rngs))
+    self.network = _network(model)
     self.axes, self.init = self.network.axes, self.network.init
 
   def loss(

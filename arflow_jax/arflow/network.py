@@ -16,9 +16,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from arflow_jax import values
 from arflow_jax.errors import ConfigError
 from arflow_jax.kernels import hybrid_attention
 from arflow_jax.nn import attention, layers, patches, stack
+
+RULES = layers.RULES | {
+  "depth": values.whole(1, 10_000),
+  "learn_sigma": values.switch,
+  "attention": values.optional(values.text),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +62,15 @@ class ModelConfig:
   attention: str | None = None
 
   def __post_init__(self):
-    sizes = ("image_size", "channels", "patch_size", "width", "depth")
-    for name in (*sizes, "num_heads", "num_classes"):
-      if getattr(self, name) < 1:
-        raise ConfigError(
-          f"model.{name}={getattr(self, name)} must be positive"
-        )
     if self.image_size % self.patch_size:
       raise ConfigError(
         f"model.patch_size={self.patch_size} does not divide the image size"
         f" {self.image_size}; choose a divisor"
+      )
+    if self.side > 256:
+      raise ConfigError(
+        f"model.image_size={self.image_size} makes {self.side} x {self.side}"
+        f" patches with model.patch_size={self.patch_size}, more than 256 x 256"
       )
     if self.width % self.num_heads or self.width % 4:
       raise ConfigError(
@@ -72,10 +78,8 @@ class ModelConfig:
         f" model.num_heads={self.num_heads}"
       )
     layers.check_mlp_ratio(
-      self.mlp_ratio, lambda ratio: hidden_features(self.width, ratio)
+      self.mlp_ratio, hidden_features(self.width, self.mlp_ratio)
     )
-    layers.check_dtype(self.dtype)
-    stack.check_remat(self.remat)
     if self.attention is not None:
       reason = hybrid_attention.misfit(
         self.attention,

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
+from arflow_jax import values
 from arflow_jax.arflow.network import ARFlow
 from arflow_jax.flow import guidance as guidance_lib
-from arflow_jax.flow import paths, solvers
+from arflow_jax.flow import integrate, paths, solvers
 from arflow_jax.flow.integrate import Integrator
 
 
@@ -47,6 +48,8 @@ class Settings:
     Raises:
       ConfigError: an unknown name, or a number out of range.
     """
+    rules = integrate.RULES | guidance_lib.RULES
+    values.check("sample.", sample.to_dict(), rules)
     return cls(
       sample.num_steps,
       Integrator(

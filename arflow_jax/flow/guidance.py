@@ -12,10 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from arflow_jax import values
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow.solvers import Velocity
 
-_LARGEST = 10_000
+RULES = {
+  "guidance": values.real("[0, 100]"),  # of more, samples are noise or overflow
+  "guidance_low": values.SHARE,
+  "guidance_high": values.SHARE,
+  "guidance_channels": values.optional(values.SIZE),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Guidance:
   """Settings of classifier-free guidance.
 
   Attributes:
-    scale: 1 means none; must not be negative.
+    scale: 1 means none; within [0, 100].
     interval: times `low <= t <= high` at which it applies, within [0, 1].
     channels: guide only the first this many channels; None guides all.
 
@@ -37,23 +43,11 @@ class Guidance:
 
   def __post_init__(self):
     low, high = self.interval
-    if not 0 <= self.scale <= _LARGEST:
+    mine = (self.scale, low, high, self.channels)
+    values.check("sample.", dict(zip(RULES, mine)), RULES)
+    if not low <= high:
       raise ConfigError(
-        f"sample.guidance={self.scale} must not be negative, and at most"
-        f" {_LARGEST}: samples of more are noise, or overflow"
-      )
-    if not 0 <= low <= high <= 1:
-      raise ConfigError(
-        f"sample.guidance_low={low} and sample.guidance_high={high} must"
-        " satisfy 0 <= low <= high <= 1"
-      )
-    channels = self.channels
-    if channels is not None and not (
-      isinstance(channels, int) and channels > 0
-    ):
-      raise ConfigError(
-        f"sample.guidance_channels={self.channels} must be at least 1, or None"
-        " for all"
+        f"sample.guidance_low={low} must not exceed sample.guidance_high={high}"
       )
 
   def inside(self, times: Float[np.ndarray, "K"]) -> Bool[np.ndarray, "K"]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from arflow_jax import values
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import intervals, solvers
 from arflow_jax.flow.paths import Path
@@ -24,6 +25,16 @@ METHODS = {
     ("ode", solvers.ODE_METHODS),
   )
   for method in methods
+}
+
+
+RULES = {
+  "num_steps": values.whole(2, 100_000),
+  "method": values.one_of(*METHODS),
+  "diffusion": values.one_of(*solvers.DIFFUSIONS),
+  "diffusion_norm": values.real("(0, 1000]"),
+  "last_step": values.one_of(*solvers.LAST_STEPS),
+  "last_step_size": values.real("(0, 1)"),
 }
 
 
@@ -51,24 +62,7 @@ class Integrator:
   last_step_size: float
 
   def __post_init__(self):
-    for key, known in (
-      ("method", METHODS),
-      ("diffusion", solvers.DIFFUSIONS),
-      ("last_step", solvers.LAST_STEPS),
-    ):
-      if getattr(self, key) not in known:
-        raise ConfigError(
-          f"sample.{key}={getattr(self, key)!r} is unknown; choose from"
-          f" {tuple(known)}"
-        )
-    if not 0 < self.last_step_size < 1:
-      raise ConfigError(
-        f"sample.last_step_size={self.last_step_size} must lie in (0, 1)"
-      )
-    if not self.diffusion_norm > 0:
-      raise ConfigError(
-        f"sample.diffusion_norm={self.diffusion_norm} must be positive"
-      )
+    values.check("sample.", vars(self), RULES)
     if (self.method, self.last_step) == ("sde-heun", "none"):
       raise ConfigError(
         "sample.last_step='none' does not go with sample.method='sde-heun',"
@@ -91,8 +85,7 @@ class Integrator:
     Raises:
       ConfigError: too few steps, or an unknown prediction.
     """
-    if num_steps < 2:
-      raise ConfigError(f"sample.num_steps={num_steps} must be at least 2")
+    RULES["num_steps"]("sample.num_steps", num_steps)
     if METHODS[self.method][0] == "ode":
       low, high = intervals.sampling(path, prediction)
       return np.linspace(low, high, num_steps + 1, dtype=np.float32)

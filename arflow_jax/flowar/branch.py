@@ -1,5 +1,6 @@
 """FlowAR as the trainer, the sampler and the evaluator see it."""
 
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -8,11 +9,18 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
+from arflow_jax import values
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import guidance
 from arflow_jax.flowar import objective, sampler, weights
-from arflow_jax.flowar.network import FlowAR, ModelConfig
+from arflow_jax.flowar.network import RULES, FlowAR, ModelConfig
 from arflow_jax.nn.functional import Blueprint, Params
+
+
+@functools.lru_cache(maxsize=8)
+def _network(model: ModelConfig) -> Blueprint:
+  """One for all branches that agree: it takes a while to trace."""
+  return Blueprint(lambda rngs: FlowAR(model, rngs=rngs))
 
 
 class FlowARBranch:
@@ -23,20 +31,19 @@ class FlowARBranch:
 
   def __init__(self, config: ConfigDict):
     model = config.model.to_dict()
-    self.label_dropout = model.pop("label_dropout")
-    config_lib.probability("model.label_dropout", self.label_dropout)
+    self.label_dropout = model.pop("label_dropout", None)
+    values.PROBABILITY("model.label_dropout", self.label_dropout)
     if config.data.sequence_length != 1:
       raise ConfigError(
         f"data.sequence_length={config.data.sequence_length}: FlowAR learns"
         " from single images; set it to 1"
       )
-    model["scales"] = tuple(model["scales"])
-    self.config = model = config_lib.make(ModelConfig, model, "model")
+    self.config = model = config_lib.make(ModelConfig, model, "model", RULES)
     self.num_classes = model.num_classes
     self.image_shape = (model.image_size, model.image_size, model.channels)
     self.item_shape = (1, *self.image_shape)
     # Parameters to the network: FlowAR.conditions and FlowAR.head.
-    self.network = Blueprint(lambda rngs: FlowAR(model, rngs=rngs))
+    self.network = _network(model)
     self.axes, self.init = self.network.axes, self.network.init
 
   def loss(

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from arflow_jax import config as config_lib
+from arflow_jax import values
 from arflow_jax.errors import ConfigError
 from arflow_jax.flowar import pyramid
 from arflow_jax.flowar.head import FlowHead
@@ -31,6 +31,18 @@ from arflow_jax.nn import attention, layers, rope, stack
 # Keys and values of each layer, [L, B, m, H, D], of the encoder and decoder.
 KeysAndValues = tuple[Float[Array, "_ B _ H D"], Float[Array, "_ B _ H D"]]
 Cache = tuple[KeysAndValues, KeysAndValues]
+
+
+RULES = layers.RULES | {
+  "scales": values.each(values.whole(1, 256)),
+  **dict.fromkeys(
+    ("encoder_depth", "decoder_depth", "head_depth"), values.whole(1, 10_000)
+  ),
+  "head_width": values.SIZE,
+  "cross_attention": values.switch,
+  "dropout": values.PROBABILITY,
+  "rope_stretch": values.real("(0, 1e6]"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +90,6 @@ class ModelConfig:
   remat: str = "dots"
 
   def __post_init__(self):
-    sizes = ("image_size", "channels", "patch_size", "width", "encoder_depth")
-    sizes += ("decoder_depth", "num_heads", "head_width", "head_depth")
-    for name in (*sizes, "num_classes", "rope_stretch"):
-      if not getattr(self, name) > 0:
-        raise ConfigError(
-          f"model.{name}={getattr(self, name)} must be positive"
-        )
     side = self.pyramid.side
     if side != self.image_size:
       raise ConfigError(
@@ -103,11 +108,8 @@ class ModelConfig:
         " of an attention head there"
       )
     layers.check_mlp_ratio(
-      self.mlp_ratio, lambda ratio: hidden_features(self.width, ratio)
+      self.mlp_ratio, hidden_features(self.width, self.mlp_ratio)
     )
-    config_lib.probability("model.dropout", self.dropout)
-    layers.check_dtype(self.dtype)
-    stack.check_remat(self.remat)
 
   @property
   def pyramid(self) -> pyramid.Pyramid:

@@ -16,15 +16,23 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
+from arflow_jax import config as config_lib
+from arflow_jax import values
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import guidance as guidance_lib
-from arflow_jax.flow import paths, solvers
+from arflow_jax.flow import integrate, paths, solvers
 from arflow_jax.flow.integrate import Integrator
 from arflow_jax.flowar.head import FlowHead
 from arflow_jax.flowar.network import FlowAR
 from arflow_jax.flowar.objective import integer_levels
 
 METHODS = ("ode", "sde")
+_RULES = guidance_lib.RULES | {
+  "method": values.one_of(*METHODS),
+  "grid": values.text,
+  "num_steps": integrate.RULES["num_steps"],
+  "scale_steps": values.each(integrate.RULES["num_steps"]),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +65,9 @@ class Settings:
   guidance_high: float
 
   def __post_init__(self):
-    if self.method not in METHODS:
-      raise ConfigError(
-        f"sample.method={self.method!r} is unknown; choose from {METHODS}"
-      )
-    for name, steps in (
-      ("num_steps", self.num_steps),
-      *(("scale_steps", steps) for steps in self.scale_steps),
-    ):
-      if type(steps) is not int or steps < 2:
-        raise ConfigError(
-          f"sample.{name}={steps!r} must be a whole number of at least 2"
-        )
-      self.levels(steps)  # checks the grid
-    self.classifier_free(1.0)  # checks itself
+    values.check("sample.", vars(self), _RULES)
+    self.levels(self.num_steps)  # checks the grid
+    self.classifier_free(1.0)  # checks that its times ascend
 
   @classmethod
   def from_config(cls, sample: ConfigDict) -> "Settings":
@@ -80,8 +77,8 @@ class Settings:
       ConfigError: an unknown name, or a number out of range.
     """
     keys = [field.name for field in dataclasses.fields(cls)]
-    settings = {key: sample[key] for key in keys}
-    return cls(**settings | {"scale_steps": tuple(sample.scale_steps)})
+    settings = {key: sample[key] for key in keys if key in sample}
+    return config_lib.make(cls, settings, "sample", _RULES)
 
   @property
   def integrator(self) -> Integrator:

@@ -65,13 +65,13 @@ class PixelEvaluator:
     train = sources.open_source(config, "train")
     heldout = sources.open_source(config, "heldout")
     each = num_samples // classes
-    self.labels = np.repeat(np.arange(classes), each)
     members = [np.flatnonzero(train.labels == c) for c in range(classes)]
     if min(map(len, members)) < each:
       raise ConfigError(
         f"eval.num_samples (--num_samples) = {num_samples} asks for {each} real"
         f" images a class; some class has only {min(map(len, members))}"
       )
+    self.labels = np.repeat(np.arange(classes), each)
     everything, unseen = _stack(train), _stack(heldout)
     self._recogniser = Recogniser(everything, train.labels)
     self._reference = Statistics().add(_flat(unseen))

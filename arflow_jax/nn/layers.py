@@ -6,7 +6,6 @@ Projections carry the names of their axes (`axes` in the variable's metadata:
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +14,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from arflow_jax import values
 from arflow_jax.errors import ConfigError
+from arflow_jax.nn import stack
 
 Initializer = nnx.initializers.Initializer
 
@@ -24,23 +25,24 @@ zeros = nnx.initializers.zeros_init()
 normal = nnx.initializers.normal(0.02)
 
 
-def check_dtype(name: str) -> None:
-  """Raises ConfigError unless matrix products can be made in type `name`."""
-  if name not in ("float32", "bfloat16"):
-    raise ConfigError(f"model.dtype={name!r} must be 'float32' or 'bfloat16'")
+# Of the keys of `model` that every branch has.
+RULES = {
+  **dict.fromkeys(
+    ("image_size", "channels", "patch_size", "width", "num_heads"), values.SIZE
+  ),
+  "num_classes": values.whole(1, 10_000_000),
+  "mlp_ratio": values.real("(0, 1000]"),
+  "dtype": values.one_of("float32", "bfloat16"),  # of matrix products
+  "remat": values.one_of(*stack.REMAT),
+}
 
 
-def check_mlp_ratio(ratio: float, features: Callable[[float], int]) -> None:
-  """Raises ConfigError unless a feed-forward of this ratio has features.
-
-  Args:
-    ratio: of its width to that of a token.
-    features: hidden features that a ratio gives.
-  """
-  if not 0 < ratio <= 1000 or features(ratio) < 1:
+def check_mlp_ratio(ratio: float, features: int) -> None:
+  """Raises ConfigError unless a feed-forward of this ratio has features."""
+  if features < 1:
     raise ConfigError(
-      f"model.mlp_ratio={ratio} must be positive, at most 1000, and give the"
-      " feed-forward at least one hidden feature; published networks have 4"
+      f"model.mlp_ratio={ratio} gives the feed-forward no hidden feature;"
+      " published networks have 4"
     )
 
 

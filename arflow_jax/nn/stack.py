@@ -11,8 +11,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from arflow_jax.errors import ConfigError
-
 REMAT = {
   # Nothing: every intermediate stays in memory.
   "none": lambda f: f,
@@ -24,14 +22,6 @@ REMAT = {
   # Each layer from its input.
   "full": jax.checkpoint,
 }
-
-
-def check_remat(name: str) -> None:
-  """Raises ConfigError unless `name` is one of `REMAT`."""
-  if name not in REMAT:
-    raise ConfigError(
-      f"model.remat={name!r} is unknown; choose from {sorted(REMAT)}"
-    )
 
 
 def build(

@@ -4,7 +4,8 @@ Layers name the axes of their parameters; `RULES` is the only place that says
 which mesh axis a name is split over. Batches are split over both axes.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +70,24 @@ def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, parts: int) -> None:
       f"batch_size={batch_size // parts} (per micro-batch) is not a multiple of"
       f" the {mesh.size} devices"
     )
+
+
+def memory(devices: Iterable[Any]) -> int | None:
+  """Bytes that each of some devices has, or None where nobody knows.
+
+  Devices that are not here, such as those of a description, tell nothing. On a
+  CPU all devices share the memory of the machine.
+  """
+  here = set(devices) & set(jax.local_devices())
+  if not here:
+    return None
+  device = min(here, key=lambda device: device.id)
+  if device.platform == "cpu":
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+      return None
+    pages = os.sysconf("SC_PHYS_PAGES")
+    return pages * os.sysconf("SC_PAGE_SIZE") // len(here)
+  return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, Shaped, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8, UInt32
 from ml_collections import ConfigDict
 
-from arflow_jax import config as config_lib
+from arflow_jax import values
 from arflow_jax.branches import Branch
 from arflow_jax.data import sources
 from arflow_jax.errors import ConfigError
@@ -36,11 +36,13 @@ class Block(NamedTuple):
     labels: class of each image.
     images: over all devices of all processes; rows from n on only fill the
       block, so that every block has the same shape.
+    finite: whether what was drawn is, in all processes alike.
   """
 
   indices: Int[np.ndarray, "n"]
   labels: Int[np.ndarray, "n"]
   images: UInt8[Array, "b p q K"]
+  finite: Bool[Array, ""]
 
   def local(
     self,
@@ -50,15 +52,32 @@ class Block(NamedTuple):
     """Indices, labels and images of the rows that this process has to write.
 
     Every image belongs to one process.
+
+    Raises:
+      FloatingPointError: as `whole`.
     """
+    self._check()
     rows, images = processes.local(self.images)
     real = rows < len(self.indices)
     rows = rows[real]
     return self.indices[rows], self.labels[rows], images[real]
 
   def whole(self) -> UInt8[np.ndarray, "n p q K"]:
-    """All images, in every process; all have to call it."""
+    """All images, in every process; all have to call it.
+
+    Raises:
+      FloatingPointError: samples that are not finite, whose pixels are noise.
+    """
+    self._check()
     return processes.whole(self.images)[: len(self.indices)]
+
+  def _check(self) -> None:
+    if not self.finite:
+      raise FloatingPointError(
+        f"samples among images {self.indices[0]} to {self.indices[-1]} are not"
+        " finite: the averaged weights are damaged, or the sample settings"
+        " (guidance, num_steps, method) make these overflow"
+      )
 
 
 def image_keys(
@@ -135,9 +154,8 @@ class Generator:
     mesh: Mesh,
     decode: Decode,
   ):
-    if block_size < 1:
-      raise ConfigError(f"sample.block_size={block_size} must be at least 1")
-    config_lib.check_seed("seed", seed)
+    values.SHARED["sample.block_size"]("sample.block_size", block_size)
+    values.SEED("seed", seed)
     self.settings = settings
     self._branch, self._params, self._mesh = branch, params, mesh
     self._seed = np.uint32(seed)
@@ -149,7 +167,7 @@ class Generator:
   def blocks(
     self,
     labels: Sequence[Any] | Shaped[np.ndarray, "..."],
-    indices: Int[np.ndarray, "n"] | None = None,
+    indices: Sequence[Any] | Shaped[np.ndarray, "..."] | None = None,
   ) -> Iterator[Block]:
     """Yields the images in blocks, in order; only the last is not full.
 
@@ -158,13 +176,21 @@ class Generator:
       indices: number of each image; 0 .. n - 1 if None.
 
     Raises:
-      ConfigError: labels that are no classes of the model.
+      ConfigError: labels that are no classes of the model, or indices that are
+        no numbers of images, one for each label.
     """
     labels = check_labels(labels, self._branch.num_classes)
-    if indices is None:
-      indices = np.arange(len(labels))
-    indices = indices.astype(np.int32)
-    return self._blocks(labels, indices)
+    indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
+    if not (
+      indices.shape == labels.shape
+      and np.issubdtype(indices.dtype, np.integer)
+      and ((indices >= 0) & (indices < 2**31)).all()
+    ):
+      raise ConfigError(
+        f"indices must be {len(labels)} whole numbers, one for each label, from"
+        f" 0 to {2**31 - 1}"
+      )
+    return self._blocks(labels, indices.astype(np.int32))
 
   def _blocks(self, labels, indices):
     sharding = mesh_lib.batch_sharding(self._mesh)
@@ -178,21 +204,23 @@ class Generator:
       local = {k: np.resize(x, self._rows)[mine] for k, x in real.items()}
       block = processes.place(sharding, local, self._rows)
       with jax.set_mesh(self._mesh):  # kernels split themselves over it
-        images = self._draw(self._params, block, self._seed)
-      yield Block(**real, images=images)
+        images, finite = self._draw(self._params, block, self._seed)
+      yield Block(**real, images=images, finite=finite)
 
 
 @functools.lru_cache(maxsize=16)
 def _program(
   branch: Branch, settings: Any, mesh: Mesh, decode: Decode
-) -> Callable[..., UInt8[Array, "b p q K"]]:
+) -> Callable[..., tuple[UInt8[Array, "b p q K"], Bool[Array, ""]]]:
   """The compiled drawing of a block, one for all generators that agree."""
 
   def draw(params, block, seed):
     keys = image_keys(seed, block["indices"])
-    return decode(branch.sample(params, keys, block["labels"], settings))
+    samples = branch.sample(params, keys, block["labels"], settings)
+    return decode(samples), jnp.isfinite(samples).all()
 
-  return jax.jit(draw, out_shardings=mesh_lib.batch_sharding(mesh))
+  split, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
+  return jax.jit(draw, out_shardings=(split, whole))
 
 
 def check_labels(
@@ -226,7 +254,7 @@ def parse_labels(text: str) -> list[int]:
   """
   labels = []
   for part in text.split(","):
-    found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+    found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part.strip())
     if not found:
       raise ConfigError(
         f"labels {text!r} are not numbers (of at most six digits) and ranges"

@@ -56,7 +56,6 @@ def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
     stored = listing.read_config(workdir)
     config_lib.check_relaunch(stored, config, workdir)
   program = program_lib.build(config)
-  program.branch.settings(config.sample)  # else found when it draws
   items = pipeline.open_items(config)  # a wrong data.dir fails before the rest
   with lock.held(workdir):
     run_files.check_data(workdir, sources.fingerprint(items.source))
@@ -103,7 +102,7 @@ def _steps(
     contextlib.closing(
       pipeline.batches(items, config, start, program.rows)
     ) as batches,
-    contextlib.closing(saver_lib.Saver(workdir, config)) as saver,
+    contextlib.closing(saver_lib.Saver(workdir, config, state)) as saver,
   ):
     log = telemetry.Telemetry(workdir, start, config.steps, images)
     for step in range(start + 1, config.steps + 1):
@@ -176,9 +175,9 @@ class _Metrics:
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
     self._pending.append((step, metrics))
-    # The host runs two steps ahead of the devices, no more: a stop comes soon.
-    if len(self._pending) > 2:
-      jax.block_until_ready(self._pending[-3])
+    # Two steps at most are under way on the devices: a stop comes soon.
+    if len(self._pending) > 1:
+      jax.block_until_ready(self._pending[-2])
 
   def flush(self) -> dict[str, float]:
     """Means over the window, up to the last step.

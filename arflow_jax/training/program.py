@@ -20,7 +20,7 @@ from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.parallel import processes
-from arflow_jax.training import optimizer, state
+from arflow_jax.training import memory, optimizer, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,20 +75,24 @@ def build(
   """
   config_lib.check(config)
   branch = branches.build(config)
+  branch.settings(config.sample)  # else found when it draws, after training
   mesh = mesh_lib.make_mesh(config.mesh, devices)
   mesh_lib.check_batch(mesh, config.batch_size, config.optimizer.accumulation)
   tx = optimizer.make_optimizer(config.optimizer, branch.axes)
   sharding = mesh_lib.batch_sharding(mesh)
   shape = (config.batch_size, *branch.item_shape)
+  abstract_state = state.abstract_state(branch, tx, mesh)
+  abstract_batch = {
+    "images": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
+    "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding),
+  }
+  memory.check(config, branch, mesh, abstract_state, abstract_batch)
   return Program(
     config=config,
     branch=branch,
     mesh=mesh,
     tx=tx,
     step=state.make_train_step(branch, tx, config),
-    abstract_state=state.abstract_state(branch, tx, mesh),
-    abstract_batch={
-      "images": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
-      "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding),
-    },
+    abstract_state=abstract_state,
+    abstract_batch=abstract_batch,
   )

@@ -26,9 +26,11 @@ class Saver:
   Args:
     workdir: the run's directory, which nobody else writes to.
     config: the full config; `config.checkpoint` says what is kept.
+    state: such a state as will be saved. What a save computes is compiled here:
+      a stop does not wait for it.
   """
 
-  def __init__(self, workdir: str, config: ConfigDict):
+  def __init__(self, workdir: str, config: ConfigDict, state: TrainState):
     self._workdir, self._config = workdir, config
     policies = [_keep.LatestN(config.checkpoint.keep)]
     if config.checkpoint.keep_every:
@@ -41,6 +43,7 @@ class Saver:
     self._quiet = contextlib.ExitStack()
     self._quiet.enter_context(echoes.dropped())
     self._writer = self._open()
+    checkpoint.contents(state, config, {})
 
   def save(
     self, step: int, state: TrainState, window: dict[str, float]

@@ -65,3 +65,9 @@ def test_what_cannot_run_is_refused_before_anything_runs():
     bench.timed(problems, ["xla", "pallas_tpu"], repeats=3)
   with pytest.raises(ConfigError, match="implementations=cuda: unknown"):
     bench.timed(problems, ["cuda"], repeats=3)
+
+
+def test_what_does_not_fit_the_memory_is_refused():
+  large = bench.problems([CASE._replace(batch=10**9)], "float32", "plain")
+  with pytest.raises(ConfigError, match=r"B1000000000-S2.* GB.*--batch"):
+    bench.timed(large, ["xla"], repeats=3)

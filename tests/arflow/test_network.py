@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from arflow_jax import branches
-from arflow_jax.arflow.network import ARFlow
+from arflow_jax.arflow.network import RULES, ARFlow, ModelConfig
+from arflow_jax.config import make
 from arflow_jax.errors import ConfigError
 from arflow_jax.kernels import hybrid_attention
 from configs.arflow import get_config
@@ -282,7 +283,7 @@ def test_published_sizes(size, pixels):
 )
 def test_bad_shapes_are_refused_by_name(change, named):
   with pytest.raises(ConfigError, match=named):
-    dataclasses.replace(GOLDEN, **change)
+    make(ModelConfig, dataclasses.asdict(GOLDEN) | change, "model", RULES)
 
 
 def test_digits_learn_alike_through_the_kernel():

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 from arflow_jax import branches
+from arflow_jax.config import make
 from arflow_jax.errors import ConfigError
 from arflow_jax.flowar import objective
-from arflow_jax.flowar.network import FlowAR, ModelConfig
+from arflow_jax.flowar.network import RULES, FlowAR, ModelConfig
 from configs.flowar import get_config
 from tests.conftest import channels_last, parity_files, relative_error
 from tests.flowar.helpers import (
@@ -332,4 +333,4 @@ def test_bfloat16_stays_close_and_returns_float32():
 )
 def test_bad_shapes_are_refused_by_name(change, named):
   with pytest.raises(ConfigError, match=named):
-    dataclasses.replace(TINY, **change)
+    make(ModelConfig, dataclasses.asdict(TINY) | change, "model", RULES)

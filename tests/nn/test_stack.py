@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from arflow_jax.errors import ConfigError
 from arflow_jax.nn import layers, stack
 
 DEPTH, WIDTH = 3, 4
@@ -97,8 +96,3 @@ def test_only_full_remat_makes_the_products_again(remat, products):
   text = str(jax.make_jaxpr(jax.grad(loss))(params))
   assert text.count("dot_general") == products
   assert ("prevent_cse" in text) == (remat != "none")
-
-
-def test_an_unknown_name_is_refused():
-  with pytest.raises(ConfigError, match=r"model.remat='some' is unknown"):
-    stack.check_remat("some")

@@ -227,13 +227,38 @@ def test_labels_that_are_no_classes_are_refused_at_once(labels, named):
     _generator().blocks(labels)
 
 
+@pytest.mark.parametrize(
+  "indices", [[-1, 2], [2**32, 3], [1], [0.5, 1.0], [True, False], [[0], [1]]]
+)
+def test_indices_that_are_no_numbers_of_images_are_refused(indices):
+  with pytest.raises(ConfigError, match="indices must be 2 whole numbers"):
+    _generator().blocks([0, 1], indices)
+  (block,) = _generator().blocks([0, 1], [7, 2**31 - 1])
+  assert block.indices.tolist() == [7, 2**31 - 1]
+
+
+def test_samples_that_are_not_finite_are_no_picture():
+  """Also one row of a block, and to whoever asks for the images."""
+
+  class Broken(Noise):
+    def sample(self, params, keys, labels, settings):
+      drawn = super().sample(params, keys, labels, settings)
+      return drawn / (labels != 4)[:, None, None, None]
+
+  first, second = _generator(Broken((2, 2, 4)), block_size=3).blocks(range(6))
+  assert first.whole().shape[0] == 3
+  for fetch in (second.whole, second.local):
+    with pytest.raises(FloatingPointError, match="3 to 5 are not"):
+      fetch()
+
+
 def test_the_label_after_the_last_means_none():
   assert images.check_labels([10], 10).tolist() == [10]
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32])
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
 def test_a_seed_that_would_draw_what_another_draws_is_refused(seed):
-  with pytest.raises(ConfigError, match=rf"seed={seed} must lie between 0 and"):
+  with pytest.raises(ConfigError, match=rf"seed={seed} must be a whole number"):
     _generator(seed=seed)
 
 

@@ -52,6 +52,8 @@ def test_an_old_checkpoint_draws_what_it_drew(tiny):
   [
     ({"num_step": 5}, "sample.num_step is unknown; did you mean num_steps"),
     ({"num_steps": "many"}, "sample.num_steps='many'"),
+    ({"num_steps": None}, "sample.num_steps=None: it takes a value"),
+    ({"guidance": float("nan")}, "sample.guidance=nan"),
     ({"block_size": 0}, "sample.block_size=0"),
   ],
 )

@@ -130,7 +130,7 @@ def test_parameters_of_another_cut_come_back(weights, tmp_path, monkeypatch):
     return jax.tree.map(split, store(state))
 
   monkeypatch.setattr(checkpoint, "_stored", earlier)
-  with contextlib.closing(Saver(str(tmp_path), config)) as saver:
+  with contextlib.closing(Saver(str(tmp_path), config, state)) as saver:
     saver.finish(3, state, {})
   monkeypatch.setattr(checkpoint, "_stored", store)
   stored = listing.arrays(epath.Path(tmp_path) / "checkpoints" / "3")

@@ -22,8 +22,8 @@ def state():
 
 
 @pytest.fixture
-def saver(tmp_path):
-  with contextlib.closing(Saver(str(tmp_path), CONFIG)) as saver:
+def saver(tmp_path, state):
+  with contextlib.closing(Saver(str(tmp_path), CONFIG, state)) as saver:
     yield saver
 
 
@@ -121,7 +121,7 @@ def test_leftovers_are_removed_at_the_start(state, tmp_path):
   left = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp" / "state"
   left.mkdir(parents=True)
   (left / "array").write_bytes(b"0" * 1000)
-  with contextlib.closing(Saver(str(tmp_path), CONFIG)) as saver:
+  with contextlib.closing(Saver(str(tmp_path), CONFIG, state)) as saver:
     saver.finish(8, state, {})
   assert _names(tmp_path) == ["8"]
 
