@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from arflow_jax.errors import STOPPED
+from arflow_jax.training import loop
 from tests import faults
 from tests.tiny import flags, stored_state, tiny_config
 
@@ -36,7 +37,7 @@ def _finish(*command):
 @functools.cache
 def _undisturbed(family):
   workdir = tempfile.mkdtemp()
-  _finish("arflow_jax.train", *flags(family, **CHANGES), f"--workdir={workdir}")
+  loop.train(tiny_config(family, **CHANGES), workdir)
   return workdir
 
 
@@ -60,10 +61,10 @@ def _interrupt_training(family, point, number, workdir):
     wanted = 0
   assert struck.returncode == wanted, struck.stderr
   assert "Traceback" not in struck.stderr
-  _finish(*command)
+  config = tiny_config(family, **CHANGES)
+  assert loop.train(config, str(workdir)) == 8
   other = _undisturbed(family)
   assert _records(workdir) == _records(other)
-  config = tiny_config(family, **CHANGES)
   ours, theirs = stored_state(config, workdir), stored_state(config, other)
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
   left = {path.name for path in workdir.rglob("*")}

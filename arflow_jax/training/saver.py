@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import contextlib
+import gc
 import shutil
 import time
+import warnings
 
 import jax
 from ml_collections import ConfigDict
@@ -135,6 +137,10 @@ class Saver:
     with contextlib.suppress(Exception):  # what is known already
       self._writer.close()
     self._writer = None
+    with warnings.catch_warnings():
+      # Orbax leaves coroutines that a failure kept from running.
+      warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
+      gc.collect()
 
   def _wait(self) -> str:
     """Waits for the save before; what `_settle` says of it."""
@@ -158,12 +164,13 @@ class Saver:
     if error is None:
       self._failures = 0
       return ""
+    why = listing.reason(error)
+    del error  # it holds on to what the failed save has left
     self._failures += 1
     self._discard()  # the next one begins anew, and removes what is left
     return (
-      f"the checkpoint of step {self._step} could not be saved"
-      f" ({listing.reason(error)}; {self._space()}), failure"
-      f" {self._failures} of checkpoint.failures="
+      f"the checkpoint of step {self._step} could not be saved ({why};"
+      f" {self._space()}), failure {self._failures} of checkpoint.failures="
       f"{self._config.checkpoint.failures} in a row"
     )
 

@@ -38,7 +38,7 @@ print(process, rows.tolist(), mine.tolist(), first.tolist(), flags)
 def test_two_processes_with_scattered_rows():
   """Two processes of two devices, in an order that mixes their rows."""
   first, second = two_processes(PROGRAM, devices=2)
-  flags = "[True, False, True]"
+  flags = "(True, False, True)"
   ours = "[0, 1, 4, 5]"
   assert first == ["one voice", f"0 {ours} {ours} {ours} {flags}"]
   theirs, ours = ours, "[2, 3, 6, 7]"
