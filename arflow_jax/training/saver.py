@@ -44,7 +44,10 @@ class Saver:
     self._failures, self._again = 0, False
     self._quiet = contextlib.ExitStack()
     self._quiet.enter_context(echoes.dropped())
-    self._writer = self._open()
+    try:
+      self._writer = self._open()
+    except OSError:  # the first save tells
+      self._writer = None
     checkpoint.contents(state, config, {})
 
   def save(
