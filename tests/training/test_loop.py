@@ -305,6 +305,16 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
   assert loop.train(tiny_config(steps=step + 1), str(tmp_path)) == step + 1
 
 
+def test_two_steps_at_most_are_under_way(monkeypatch):
+  """So that a stop waits for no more of them."""
+  waited = []
+  monkeypatch.setattr(jax, "block_until_ready", waited.append)
+  metrics = loop._Metrics({})
+  for step in range(1, 5):
+    metrics.add(step, {"loss": jax.numpy.zeros(())})
+    assert [number for number, _ in waited] == list(range(1, step))
+
+
 def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path):
   """While the step compiles; the process does not wait for that."""
   with _train(tmp_path, *flags(model__depth=12)) as process:
