@@ -42,8 +42,8 @@ def _wait(heard: int) -> None:
   while (number := os.read(heard, 1)[0]) not in _ENDS:
     pass
   line, code = _ENDS[number]
-  with contextlib.suppress(OSError):
-    for clean in cleaners:
+  for clean in cleaners:
+    with contextlib.suppress(Exception):  # or nothing would end the process
       clean()
   with contextlib.suppress(OSError):
     os.write(2, line)

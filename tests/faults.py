@@ -20,24 +20,26 @@ import time
 
 import pytest
 
+from arflow_jax import signals
+
 # Where a signal may arrive: what is called there, and which call it is.
-POINTS = {
+TRAINING = {
   "start-up": ("arflow_jax.training.program:build", 1),
   "restoring": ("arflow_jax.training.checkpoint:restore", 1),
   "compiling": ("arflow_jax.training.state:average", 1),  # while it is traced
   "in a step": ("arflow_jax.training.program:Program.place", 4),
   "before a save": ("arflow_jax.training.saver:Saver.save", 1),
-  "in a save": ("arflow_jax.training.listing:sealed", 2),  # see `_strike`
+  "in a save": ("arflow_jax.training.checkpoint:contents", 3),  # see `_strike`
   "after a save": ("arflow_jax.training.saver:Saver._settle", 1),
   "before a report": ("arflow_jax.training.telemetry:_Records.add", 2),
   "in the last save": ("arflow_jax.training.saver:Saver.finish", 1),
+}
+DRAWING = {
   "before drawing": ("arflow_jax.sampling.images:Generator.blocks", 1),
   "while drawing": ("arflow_jax.sampling.shards:Shards.add", 2),
   "before writing": ("arflow_jax.sampling.writers:write", 1),
   "while writing": ("arflow_jax.sampling.writers:_picture", 5),
 }
-TRAINING = list(itertools.islice(POINTS, 9))
-DRAWING = list(itertools.islice(POINTS, 9, None))
 
 
 def run_struck(point: str, number: signal.Signals, *command: str, **kwargs):
@@ -122,7 +124,7 @@ def _find(where: str):
 
 def _strike(point: str, number: signal.Signals) -> None:
   """Sends this process a signal when it comes to a point."""
-  where, call = POINTS[point]
+  where, call = (TRAINING | DRAWING)[point]
   owner, name = _find(where)
   real, count = getattr(owner, name), itertools.count(1)
 
@@ -156,6 +158,7 @@ def _strike(point: str, number: signal.Signals) -> None:
 
 
 if __name__ == "__main__":
+  signals.watch()  # as a main does
   point, number, main, *argv = sys.argv[1:]
   _strike(point, signal.Signals[number])
   from arflow_jax import cli

@@ -5,12 +5,20 @@ import pathlib
 
 import pytest
 
-from arflow_jax import bench, bench_attention, cli, evaluate, sample, train
+from arflow_jax import (
+  bench,
+  bench_attention,
+  cli,
+  evaluate,
+  sample,
+  train,
+  verify,
+)
 from arflow_jax import config as config_lib
 from arflow_jax.analysis import attention_bench, benchmark
 from arflow_jax.metrics import pixels
 from arflow_jax.sampling import images, run
-from arflow_jax.training import program
+from arflow_jax.training import program, verification
 from tests.tiny import tiny_config
 
 TINY_RUN = pathlib.Path(__file__).parent / "sampling" / "tiny_run"
@@ -21,6 +29,7 @@ COMMANDS = {
   evaluate: [f"--workdir={TINY_RUN}"],
   bench: [CONFIG],
   bench_attention: [],
+  verify: [f"--workdir={TINY_RUN}"],
 }
 # By the type of a flag, as absl calls it.
 BAD = {
@@ -74,6 +83,7 @@ def _no_work(monkeypatch, tmp_path):
   monkeypatch.setattr(pixels, "Recogniser", reached)
   monkeypatch.setattr(benchmark, "_train_speed", reached)
   monkeypatch.setattr(attention_bench, "_product_rate", reached)
+  monkeypatch.setattr(verification, "damage", reached)
   monkeypatch.setattr(run, "restore", functools.cache(run.restore))
 
 

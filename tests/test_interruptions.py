@@ -19,6 +19,11 @@ from tests.tiny import flags, stored_state, tiny_config
 
 CHANGES = {"steps": 8, "checkpoint__every": 3}
 SIGNALS = [signal.SIGTERM, signal.SIGKILL]
+ENDS = {
+  signal.SIGTERM: STOPPED,
+  signal.SIGINT: 130,
+  signal.SIGKILL: -signal.SIGKILL,
+}
 RUN = "tests/sampling/tiny_run"
 # Where nothing is interrupted any more: the process ends as it would have.
 TOO_LATE = ("in the last save",)
@@ -56,11 +61,13 @@ def _interrupt_training(family, point, number, workdir):
     f"--workdir={workdir}",
   ]
   struck = faults.run_struck(point, number, *command)
-  wanted = STOPPED if number == signal.SIGTERM else -number
+  wanted = ENDS[number]
   if number == signal.SIGTERM and point in TOO_LATE:
     wanted = 0
   assert struck.returncode == wanted, struck.stderr
   assert "Traceback" not in struck.stderr
+  if point == "in a save" and number == signal.SIGKILL:
+    assert list(workdir.glob("checkpoints/*tmp*"))  # it was in the save
   config = tiny_config(family, **CHANGES)
   assert loop.train(config, str(workdir)) == 8
   other = _undisturbed(family)
@@ -107,7 +114,7 @@ def test_drawing_walk(point, number, tmp_path):
     f"--out={tmp_path}/images",
   ]
   struck = faults.run_struck(point, number, *command)
-  wanted = 130 if number == signal.SIGINT else -number
+  wanted = ENDS[number]
   assert struck.returncode == wanted, struck.stderr
   assert "Traceback" not in struck.stderr
   assert not (tmp_path / "images").exists()

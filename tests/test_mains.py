@@ -7,12 +7,21 @@ import sys
 
 import pytest
 
-from arflow_jax import bench, bench_attention, cli, evaluate, sample, train
+from arflow_jax import (
+  bench,
+  bench_attention,
+  cli,
+  evaluate,
+  sample,
+  train,
+  verify,
+)
 from arflow_jax.analysis import benchmark
 from arflow_jax.training import loop
+from tests import test_flags, test_signals
 from tests.tiny import flags
 
-MAINS = [train, sample, evaluate, bench, bench_attention]
+MAINS = [train, sample, evaluate, bench, bench_attention, verify]
 CONFIG = "--config=configs/arflow.py:digits"
 ROOT = pathlib.Path(__file__).parents[1]
 TINY_RUN = str(ROOT / "tests" / "sampling" / "tiny_run")
@@ -36,7 +45,33 @@ def test_help_names_the_command_and_every_flag(main, capsys):
   assert f"python -m {main.__name__}" in out
   assert "flags:" in out
   assert "(required)" in out or main is bench_attention
-  assert "(default " in out or main is train
+  assert "(default " in out or main in (train, verify)
+
+
+def test_no_main_is_left_out():
+  """Of what holds all mains against a table."""
+  paths = ROOT.glob("arflow_jax/*.py")
+  names = {path.stem for path in paths if "cli.run(" in path.read_text()}
+  short = lambda mains: {main.__name__.rpartition(".")[2] for main in mains}
+  assert short(MAINS) == names
+  assert short(test_flags.COMMANDS) == names
+  assert set(test_signals.COMMANDS) == names
+
+
+@pytest.mark.parametrize("main", MAINS, ids=lambda main: main.__name__)
+def test_help_survives_a_reader_who_leaves(main, tmp_path):
+  """As in `--help | head -1`."""
+  command = f"{sys.executable} -m {main.__name__} --help | head -1"
+  done = subprocess.run(
+    ["bash", "-o", "pipefail", "-c", command],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  assert len(done.stdout.splitlines()) == 1
 
 
 def test_help_and_flags_import_nothing_heavy(tmp_path):

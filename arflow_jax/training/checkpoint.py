@@ -7,7 +7,6 @@ Weights alone make a run too: a checkpoint that holds only averages.
 """
 
 import json
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
+from arflow_jax.parallel import processes
 from arflow_jax.training import checksum, listing, relayout, run_files
 from arflow_jax.training.state import TrainState
 
@@ -146,11 +146,12 @@ def _contents(
 ) -> Contents:
   plain = json.loads(config_lib.dumps(config))
   about = {
+    "format": listing.FORMAT,
     "window": dict(window),  # written later, when there are more steps in it
-    "config": listing.digest(plain),
+    "config": checksum.digest(plain),
     "arrays": checksum.of(stored),
   }
-  return Contents({"state": stored, "config": plain}, listing.sealed(about))
+  return Contents({"state": stored, "config": plain}, checksum.seal(about))
 
 
 def _stored(state: TrainState) -> dict[str, Any]:
@@ -182,5 +183,8 @@ def _load(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
   if about := listing.about(path):
     checksum.check(loaded, about["arrays"])
   else:
-    logging.info("%s has no checksums: an earlier version wrote it", path)
+    processes.say(
+      f"{path} has no checksums, which an earlier version did not write: it is"
+      " restored as it is"
+    )
   return relayout.as_wanted(loaded, wanted)

@@ -1,11 +1,14 @@
-"""Checksums of arrays that no sharding changes, stored with every checkpoint.
+"""Checksums: of arrays, which no sharding changes, and of what JSON can hold.
 
-A checksum is a sum of 32 bits over all numbers of an array, each mixed with its
-place (row-major, so that another cut into axes keeps it). The order of a sum
-does not matter: every device adds up its own shards, on any mesh. A change of
-one number always shows, any other with a probability of 1 - 2**-32.
+The checksum of an array is a sum of 32 bits over all its numbers, each mixed
+with its place (row-major, so that another cut into axes keeps it). The order of
+a sum does not matter: every device adds up its own shards, on any mesh. A
+change of one number of up to 32 bits always shows, any other change with a
+probability of 1 - 2**-32.
 """
 
+import json
+import zlib
 from typing import Any
 
 import jax
@@ -36,6 +39,24 @@ def check(tree: Any, stored: dict[str, int]) -> None:
   if wrong:
     more = f" and of {len(wrong) - 1} more arrays" if wrong[1:] else ""
     raise Damaged(f"the checksum of {wrong[0]}{more} differs")
+
+
+def digest(values: dict[str, Any]) -> int:
+  """The checksum of what JSON can hold."""
+  return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+  """The same with a checksum of itself."""
+  return values | {"digest": digest(values)}
+
+
+def unseal(sealed: dict[str, Any]) -> dict[str, Any]:
+  """The inverse of `seal`; raises Damaged unless its checksum is right."""
+  values = dict(sealed)
+  if values.pop("digest", None) != digest(values):
+    raise Damaged("the checksum of the list of checksums differs")
+  return values
 
 
 def _sum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:

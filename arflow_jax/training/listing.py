@@ -4,12 +4,12 @@ Orbax tells complete from unfinished in the way of the file system. What cannot
 be read is left alone here; only a trainer sets it aside.
 """
 
+import errno
 import json
 import logging
 import os
 import re
 import time
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +22,32 @@ from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
-from arflow_jax.training import echoes
+from arflow_jax.training import checksum, echoes
 from arflow_jax.training.checksum import Damaged
 
 PAUSES = (1.0, 5.0)  # seconds before a failed read or save is tried again
 # Of what a checkpoint holds: 1 had no checksums.
 FORMAT = 2
-# How JAX and tensorstore name what is no fault of a file.
-_OF_THE_WORLD = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+# How tensorstore names what is no fault of a file.
+_OF_THE_WORLD = (
+  "RESOURCE_EXHAUSTED",
+  "UNAVAILABLE",
+  "DEADLINE_EXCEEDED",
+  "PERMISSION_DENIED",
+  "UNAUTHENTICATED",
+  "ABORTED",
+  "CANCELLED",
+)
+# What tensorstore and Orbax raise where files are not what they should be.
+_OF_FILES = (
+  Damaged,
+  FileNotFoundError,
+  NotADirectoryError,
+  ValueError,
+  KeyError,
+  TypeError,
+  EOFError,
+)
 
 
 def folder(workdir: str, *, make: bool = False) -> epath.Path:
@@ -74,7 +92,7 @@ def load_config(path: epath.Path) -> ConfigDict:
   """
   told = about(path)
   stored = ocp.load_checkpointables(path, {"config": None})["config"]
-  if told and told["config"] != digest(stored):
+  if told and told["config"] != checksum.digest(stored):
     raise Damaged("the checksum of the config differs")
   return config_lib.complete(
     stored, branches.family(stored["branch"]).added_keys
@@ -82,16 +100,13 @@ def load_config(path: epath.Path) -> ConfigDict:
 
 
 def arrays(path: epath.Path) -> dict[str, Any]:
-  """The tree of the shapes and types of the state that is stored.
-
-  Raises:
-    Damaged: it cannot be read.
-  """
+  """The tree of the shapes and types of the state that is stored."""
   with echoes.dropped() as heard:
     found = ocp.metadata(path, "state").metadata
   if found is None:  # Orbax has but logged the reason
-    detail = heard[-1].rpartition("Error details: ")[2] if heard else ""
-    raise Damaged(f"the list of its arrays cannot be read: {detail}")
+    raise ValueError(
+      heard[-1].rpartition("Error details: ")[2] if heard else ""
+    )
   return found
 
 
@@ -106,32 +121,19 @@ def about(path: epath.Path) -> dict[str, Any]:
     Damaged: it is not what was written.
     ConfigError: a later version has written it.
   """
-  try:  # not by Orbax, which takes a damaged file for one that tells nothing
-    text = (path / "_CHECKPOINT_METADATA").read_text()
-    told = dict(json.loads(text)["custom_metadata"])
+  # Not by Orbax, which takes a damaged file for one that tells nothing.
+  text = (path / "_CHECKPOINT_METADATA").read_bytes()
+  try:
+    told = json.loads(text)["custom_metadata"]
+    told = checksum.unseal(told) if told else {}
   except (ValueError, KeyError, TypeError) as error:
     raise Damaged("_CHECKPOINT_METADATA is not what was written") from error
-  if "format" not in told:
-    return {}
-  if told.pop("digest", None) != digest(told):
-    raise Damaged("the checksum of the list of checksums differs")
-  if told["format"] > FORMAT:
+  if told.get("format", 1) > FORMAT:
     raise ConfigError(
       f"{path} is of format {told['format']}, and this version reads those up"
       f" to {FORMAT}; use the version that wrote it, or a later one"
     )
   return told
-
-
-def sealed(told: dict[str, Any]) -> dict[str, Any]:
-  """What `about` checks: with the format and a checksum of its own."""
-  told = {"format": FORMAT} | told
-  return told | {"digest": digest(told)}
-
-
-def digest(values: dict[str, Any]) -> int:
-  """A checksum of what JSON can hold."""
-  return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def reason(error: BaseException) -> str:
@@ -223,19 +225,32 @@ def _patiently(load: Callable[[epath.Path], Any], path: epath.Path) -> Any:
   return jax.block_until_ready(load(path))
 
 
-def _is_damage(error: Exception) -> bool:
+def _is_damage(error: BaseException) -> bool:
   """Whether a failed read tells of the checkpoint, and not of the world.
 
   Files that are missing, cut off or not what they should be are damage. A disk
-  or a network that does not answer, and too little memory, are none.
+  or a network that does not answer, and too little memory, are none, and
+  neither is what nobody has thought of.
   """
-  if isinstance(error, (Damaged, FileNotFoundError, NotADirectoryError)):
+  chain = []
+  while error is not None and error not in chain:
+    chain.append(error)
+    error = error.__cause__ or error.__context__
+  if any(_is_of_the_world(link) for link in chain):
+    return False
+  return any(isinstance(link, _OF_FILES) for link in chain)
+
+
+def _is_of_the_world(error: BaseException) -> bool:
+  numbers = map(int, re.findall(r"os_error_code='(\d+)'", str(error)))
+  if isinstance(error, OSError) and error.errno is not None:
+    numbers = [error.errno, *numbers]
+  if any(number not in (errno.ENOENT, errno.ENOTDIR) for number in numbers):
     return True
   # What JAX raises comes from a device or a compiler, not from a file.
-  if isinstance(error, (OSError, MemoryError, jax.errors.JaxRuntimeError)):
-    return False
-  text = str(error)
-  return not any(sign in text for sign in _OF_THE_WORLD)
+  if isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
+    return True
+  return any(sign in str(error) for sign in _OF_THE_WORLD)
 
 
 def set_aside(path: epath.Path) -> None:

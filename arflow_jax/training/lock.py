@@ -28,17 +28,16 @@ def held(workdir: str) -> Iterator[None]:
   holder, lock = "", None
   if processes.speaks() and "://" not in workdir:
     folder = listing.folder(workdir).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / "trainer.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    holder = _take(lock)
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      lock = os.open(folder / "trainer.lock", os.O_RDWR | os.O_CREAT, 0o644)
+      holder = _take(lock)
+    except OSError as error:
+      holder = f"cannot be written: {error}"
   try:
-    (taken,) = processes.agree(bool(holder))
-    if taken:
-      raise ConfigError(
-        f"--workdir={workdir} is in use by another trainer"
-        f" ({holder or 'process 0 says which'}); stop it, or choose another"
-        " --workdir"
-      )
+    (refused,) = processes.agree(bool(holder))
+    if refused:
+      raise ConfigError(f"--workdir={workdir} {holder or 'cannot be used'}")
     yield
   finally:
     if lock is not None:
@@ -46,12 +45,16 @@ def held(workdir: str) -> Iterator[None]:
 
 
 def _take(lock: int) -> str:
-  """Takes the lock, or tells who holds it."""
+  """Takes the lock, or tells why not."""
   try:
     # Of this process alone: what it starts does not inherit it.
     fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except (BlockingIOError, PermissionError):
-    return os.read(lock, 200).decode() or "which has just begun"
+    name = os.read(lock, 200).decode(errors="replace") or "which just began"
+    return (
+      f"is in use by another trainer ({name}); stop it, or choose another"
+      " --workdir"
+    )
   except OSError:  # a file system without locks
     return ""
   since = time.strftime("%Y-%m-%d %H:%M:%S")

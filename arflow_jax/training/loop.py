@@ -97,34 +97,37 @@ def _steps(
   config, start = program.config, int(state.step)
   images = config.batch_size * config.data.sequence_length
   metrics = _Metrics(window)
-  saved = start
   with (
     contextlib.closing(
       pipeline.batches(items, config, start, program.rows)
     ) as batches,
     contextlib.closing(saver_lib.Saver(workdir, config, state)) as saver,
+    contextlib.closing(
+      telemetry.Telemetry(workdir, start, config.steps, images)
+    ) as log,
   ):
-    log = telemetry.Telemetry(workdir, start, config.steps, images)
     for step in range(start + 1, config.steps + 1):
       try:
         batch = next(batches)
-      except Exception:
-        if step - 1 > saved:  # what the data did is no fault of these steps
-          metrics.flush()
+      except Exception as error:
+        if step - 1 > start:  # what the data did is no fault of these steps
+          processes.say(f"no data for step {step}: {listing.reason(error)}")
+          metrics.means()
           saver.finish(step - 1, state, metrics.window)
         raise
       state, latest = program.step(state, program.place(batch))
       metrics.add(step, latest)
       asked, failed = processes.agree(stop.requested, saver.failed())
       done = asked or step == config.steps
-      save = done or failed or step % config.checkpoint.every == 0
+      again = failed and not done and saver.mend()
+      save = done or again or step % config.checkpoint.every == 0
       first = step == start + 1
       # A mean covers fixed steps, whatever the launch that made them.
       whole = step % config.log.every == 0
       record = whole or step in (1, config.steps)
       if not (first or save or record):
         continue
-      means = metrics.flush()  # raises where one is not finite
+      means = metrics.means()  # raises where one is not finite
       if whole:
         metrics.window = {}
       stop.begin()  # there is something to save from here on
@@ -132,8 +135,6 @@ def _steps(
         saver.finish(step, state, metrics.window)
       elif save:  # before the report: a disk that takes no report may take this
         saver.save(step, state, metrics.window)
-      if save:
-        saved = step
       log.report(step, means, record=record)
       if first:
         log.start_clock(step)
@@ -162,7 +163,7 @@ def _announce(program: program_lib.Program) -> None:
 
 
 class _Metrics:
-  """Metrics still on the device, fetched together, checked and added up.
+  """Metrics of the steps, checked and added up as the devices give them.
 
   Attributes:
     window: sums since the last record; `steps` counts them. Stored with every
@@ -171,27 +172,35 @@ class _Metrics:
 
   def __init__(self, window: dict[str, float]):
     self.window = dict(window)
-    self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+    self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    self._pending.append((step, metrics))
-    # Two steps at most are under way on the devices: a stop comes soon.
-    if len(self._pending) > 1:
-      jax.block_until_ready(self._pending[-2])
+    """Takes those of a step that has been started.
 
-  def flush(self) -> dict[str, float]:
+    Waits for the step before: two at most are under way, a stop comes soon.
+
+    Raises:
+      FloatingPointError: a value that is not finite, naming its step.
+    """
+    self._fetch()
+    self._pending = step, metrics
+
+  def means(self) -> dict[str, float]:
     """Means over the window, up to the last step.
 
     Raises:
       FloatingPointError: a value that is not finite, naming its step.
     """
-    values = jax.device_get([metrics for _, metrics in self._pending])
-    for (step, _), metrics in zip(self._pending, values):
-      for name, value in ({"steps": 1} | metrics).items():
-        if not math.isfinite(value):
-          raise FloatingPointError(f"{name} is {value} at step {step}")
-        self.window[name] = self.window.get(name, 0) + float(value)
-    self._pending.clear()
+    self._fetch()
     sums = dict(self.window)
     steps = sums.pop("steps", 1)
     return {name: total / steps for name, total in sums.items()}
+
+  def _fetch(self):
+    if self._pending is None:
+      return
+    (step, metrics), self._pending = self._pending, None
+    for name, value in ({"steps": 1} | jax.device_get(metrics)).items():
+      if not math.isfinite(value):
+        raise FloatingPointError(f"{name} is {value} at step {step}")
+      self.window[name] = self.window.get(name, 0) + float(value)

@@ -38,24 +38,21 @@ class Saver:
     if config.checkpoint.keep_every:
       policies.append(_keep.EveryNSteps(config.checkpoint.keep_every))
     self._policy = _keep.AnyPreservationPolicy(policies)
-    self._folder = listing.folder(workdir, make=True)
-    self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None  # the save that is being written
-    self._failures, self._again = 0, False
-    self._quiet = contextlib.ExitStack()
-    self._quiet.enter_context(echoes.dropped())
+    self._failures = 0
+    checkpoint.contents(state, config, {})
     try:
       self._writer = self._open()
     except OSError:  # the first save tells
       self._writer = None
-    checkpoint.contents(state, config, {})
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self._quiet = contextlib.ExitStack()
+    self._quiet.enter_context(echoes.dropped())
 
   def save(
     self, step: int, state: TrainState, window: dict[str, float]
   ) -> None:
     """Starts saving; returns as soon as the arrays are copied.
-
-    Where it fails, `failed` tells.
 
     Args:
       step: of the state.
@@ -63,9 +60,77 @@ class Saver:
       window: see `checkpoint.contents`.
 
     Raises:
-      OSError: as for `failed`, of the save before.
+      OSError: as for `mend`, of the save before.
     """
-    self._report(self._wait(), "now")
+    self.mend()
+    self._begin(step, state, window)
+
+  def failed(self) -> bool:
+    """Whether the last save has failed, as far as this process knows."""
+    done = self._pending is not None and self._pending.done()
+    return done and self._pending.exception() is not None
+
+  def mend(self) -> bool:
+    """Waits for the last save; all processes call it.
+
+    Returns:
+      Whether to save again at once, as after the first failure in a row. After
+      others the next checkpoint is soon enough.
+
+    Raises:
+      OSError: `checkpoint.failures` saves in a row have failed.
+    """
+    failure = self._wait()
+    if not failure:
+      return False
+    limit = self._config.checkpoint.failures
+    failure += f", failure {self._failures} of checkpoint.failures={limit}"
+    if self._failures >= limit:
+      raise OSError(
+        f"{failure}; stopped: start the same command again when the cause is"
+        " gone"
+      )
+    processes.say(f"{failure}; training goes on")
+    return self._failures == 1
+
+  def finish(
+    self, step: int, state: TrainState, window: dict[str, float]
+  ) -> None:
+    """Saves and waits until all is on disk; tries again after a failure.
+
+    Args:
+      step, state, window: as for `save`.
+
+    Raises:
+      OSError: the state could not be saved.
+    """
+    if failure := self._wait():
+      processes.say(failure)
+    for pause in (*listing.PAUSES, None):
+      if step in listing.steps(self._workdir):
+        return
+      self._begin(step, state, window)
+      if not (failure := self._wait()):
+        return
+      if pause is None:
+        raise OSError(f"{failure}: what was done since the one before is lost")
+      processes.say(f"{failure}; again in {pause:g} s")
+      time.sleep(pause)
+
+  def close(self) -> None:
+    """Waits until everything is on disk."""
+    if self._pending is not None:  # after an error, which is told elsewhere
+      concurrent.futures.wait([self._pending])
+      if error := self._pending.exception():
+        why = listing.reason(error)
+        processes.say(f"step {self._step} could not be saved ({why})")
+    self._discard()
+    self._thread.shutdown()
+    self._quiet.close()
+
+  def _begin(
+    self, step: int, state: TrainState, window: dict[str, float]
+  ) -> None:
     items, about = checkpoint.contents(state, self._config, window)
     self._step = step
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -81,57 +146,9 @@ class Saver:
       written = _raiser(error)
     self._pending = self._thread.submit(written)
 
-  def failed(self) -> bool:
-    """Whether the last save has failed and is to be made again at once.
-
-    A failure is said in one line. The first one of a row is made good at once,
-    the second one with the next checkpoint, and so on in turns.
-
-    Raises:
-      OSError: `checkpoint.failures` saves in a row have failed.
-    """
-    if self._pending is None or not self._pending.done():
-      return False
-    failure = self._settle()
-    self._again = bool(failure) and not self._again
-    self._report(
-      failure, "at once" if self._again else "at the next checkpoint"
-    )
-    return self._again
-
-  def finish(
-    self, step: int, state: TrainState, window: dict[str, float]
-  ) -> None:
-    """Saves and waits until all is on disk; tries again after a failure.
-
-    Args:
-      step, state, window: as for `save`.
-
-    Raises:
-      OSError: the state could not be saved.
-    """
-    for pause in (*listing.PAUSES, None):
-      self.save(step, state, window)
-      if not (failure := self._wait()):
-        return
-      if step in listing.steps(self._workdir):
-        return  # it is there: only removing an old one has failed
-      if pause is None:
-        raise OSError(f"{failure}: what was done since is lost")
-      processes.say(f"{failure}: again in {pause:g} s")
-      time.sleep(pause)
-
-  def close(self) -> None:
-    """Waits until everything is on disk."""
-    if failure := self._wait():
-      processes.say(failure)
-    self._discard()
-    self._thread.shutdown()
-    self._quiet.close()
-
   def _open(self) -> ocp.training.Checkpointer:
     return ocp.training.Checkpointer(
-      self._folder,
+      listing.folder(self._workdir, make=True),
       preservation_policy=self._policy,
       cleanup_tmp_directories=True,
     )
@@ -146,44 +163,32 @@ class Saver:
       gc.collect()
 
   def _wait(self) -> str:
-    """Waits for the save before; what `_settle` says of it."""
+    """Waits for the save before: a text where it failed in any process."""
     if self._pending is None:
       return ""
     concurrent.futures.wait([self._pending])
-    return self._settle()
-
-  def _report(self, failure: str, when: str) -> None:
-    if failure and self._failures >= self._config.checkpoint.failures:
-      raise OSError(
-        f"{failure}: stopped; start the same command again when the cause is"
-        " gone"
-      )
-    if failure:
-      processes.say(f"{failure}: training goes on and saves again {when}")
-
-  def _settle(self) -> str:
-    """How the save that is done went: a text where it failed."""
     error, self._pending = self._pending.exception(), None
-    if error is None:
+    (failed,) = processes.agree(error is not None)
+    if not failed:
       self._failures = 0
       return ""
-    why = listing.reason(error)
+    why = listing.reason(error) if error else "another process says why"
     del error  # it holds on to what the failed save has left
-    self._failures += 1
     self._discard()  # the next one begins anew, and removes what is left
-    return (
-      f"the checkpoint of step {self._step} could not be saved ({why};"
-      f" {self._space()}), failure {self._failures} of checkpoint.failures="
-      f"{self._config.checkpoint.failures} in a row"
-    )
+    if self._step in listing.steps(self._workdir):
+      processes.say(f"step {self._step} is saved, tidying up failed ({why})")
+      self._failures = 0
+      return ""
+    self._failures += 1
+    return f"step {self._step} could not be saved ({why}; {self._room()})"
 
-  def _space(self) -> str:
+  def _room(self) -> str:
     size = lambda count: tqdm.format_sizeof(count, "B")
-    text = f"it needs up to {size(self._bytes)}"
-    if "://" not in str(self._folder):
-      free = shutil.disk_usage(self._folder).free
-      text += f", {size(free)} are free in {self._folder}"
-    return text
+    room = f"it needs up to {size(self._bytes)}"
+    with contextlib.suppress(OSError):  # a bucket, or a folder that is gone
+      free = shutil.disk_usage(self._workdir).free
+      room += f", {size(free)} are free in {self._workdir}"
+    return room
 
 
 def _raiser(error):

@@ -75,6 +75,12 @@ class Telemetry:
       self._records.add({"step": step} | metrics)
       self._events.add(step, metrics)
 
+  def close(self) -> None:
+    """Says which records could not be written to the end."""
+    if self._records:
+      self._records.file.close()
+      self._events.file.close()
+
 
 class _Growing:
   """A file that grows by whole records.
@@ -92,35 +98,37 @@ class _Growing:
     self._path, self._content = path, content
     self._whole = "://" in str(path)
     self._waiting = b""
-    self._size = len(content)
 
   def add(self, record: bytes) -> None:
-    failed_before = bool(self._waiting)
+    waited = bool(self._waiting)
     self._waiting += record
-    try:
-      self._write()
-    except OSError as error:
-      if not failed_before:
-        processes.say(
-          f"{self._path} could not be written ({error.strerror}): training"
-          " goes on, and its records wait until it can"
-        )
+    if (why := self._write()) and not waited:
+      processes.say(
+        f"{self._path} could not be written ({why}): training goes on, and its"
+        " records wait until it can"
+      )
 
-  def _write(self):
-    if self._whole:
-      self._path.write_bytes(self._content + self._waiting)
-      self._content += self._waiting
-    else:
-      with open(self._path, "ab", buffering=0) as file:
-        try:
-          written = file.write(self._waiting)
-          if written < len(self._waiting):  # as much as there was room for
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-          file.truncate(self._size)
-          raise
-      self._size += len(self._waiting)
+  def close(self) -> None:
+    if self._waiting and (why := self._write()):
+      lost = len(self._waiting)
+      processes.say(f"{self._path} lacks its last {lost} bytes ({why})")
+
+  def _write(self) -> str:
+    """Writes all that waits, or nothing; the reason why not."""
+    try:
+      if self._whole:
+        self._path.write_bytes(self._content + self._waiting)
+        self._content += self._waiting
+      else:
+        with open(self._path, "ab", buffering=0) as file:
+          before = file.tell()
+          if file.write(self._waiting) < len(self._waiting):
+            file.truncate(before)  # there was room for a part only
+            return os.strerror(errno.ENOSPC)
+    except OSError as error:
+      return error.strerror or str(error)
     self._waiting = b""
+    return ""
 
 
 class _Records:
@@ -142,10 +150,10 @@ class _Records:
       part = path.with_name(path.name + ".part")
       part.write_bytes(content)
       part.replace(path)
-    self._file = _Growing(path, content)
+    self.file = _Growing(path, content)
 
   def add(self, record: dict[str, Any]) -> None:
-    self._file.add(json.dumps(record).encode() + b"\n")
+    self.file.add(json.dumps(record).encode() + b"\n")
 
 
 class _Events:
@@ -163,7 +171,7 @@ class _Events:
   def __init__(self, folder: epath.Path, start: int):
     second, rest = divmod(time.time_ns(), 10**9)
     name = f"events.out.tfevents.{second:010}.{rest:09}.{socket.gethostname()}"
-    self._file = _Growing(folder / name)
+    self.file = _Growing(folder / name)
     begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add(file_version="brain.Event:2")
     self._add(step=start + 1, session_log=begin)
@@ -178,7 +186,7 @@ class _Events:
     event = event_pb2.Event(wall_time=time.time(), **content)
     framed = io.BytesIO()
     RecordWriter(framed).write(event.SerializeToString())
-    self._file.add(framed.getvalue())
+    self.file.add(framed.getvalue())
 
 
 def _step(line: bytes) -> int | float:

