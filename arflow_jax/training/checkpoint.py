@@ -7,6 +7,7 @@ Weights alone make a run too: a checkpoint that holds only averages.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from orbax.checkpoint import v1 as ocp
 
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
-from arflow_jax.parallel import processes
 from arflow_jax.training import checksum, listing, relayout, run_files
 from arflow_jax.training.state import TrainState
 
@@ -183,8 +183,9 @@ def _load(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
   if about := listing.about(path):
     checksum.check(loaded, about["arrays"])
   else:
-    processes.say(
-      f"{path} has no checksums, which an earlier version did not write: it is"
-      " restored as it is"
+    logging.warning(
+      "%s is of an earlier version, which wrote no checksums: it is restored as"
+      " it is",
+      path,
     )
   return relayout.as_wanted(loaded, wanted)

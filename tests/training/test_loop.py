@@ -130,13 +130,14 @@ def test_progress_and_metrics(straight):
   ],
 )
 def test_a_run_of_an_earlier_version_goes_on(
-  tmp_path, run, steps, every, losses
+  tmp_path, run, steps, every, losses, caplog
 ):
   """It has the losses that it would have had with the code that made it."""
   shutil.copytree(run, tmp_path / "run")
   config = listing.read_config(str(tmp_path / "run")).unlock()
   config.steps, config.log.every = steps, every
   assert loop.train(config, str(tmp_path / "run")) == steps
+  assert ("wrote no checksums" in caplog.text) == ("tiny_run" in run)
   lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
   found = [json.loads(line)["loss"] for line in lines]
   np.testing.assert_allclose(found, losses, rtol=1e-5)
