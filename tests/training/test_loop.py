@@ -336,6 +336,7 @@ def test_two_steps_at_most_are_under_way(monkeypatch):
     metrics.add(6, {"loss": jax.numpy.float32(0)})
 
 
+@pytest.mark.slow
 def test_means_cover_the_same_steps_after_an_interruption(tmp_path):
   config = tiny_config(steps=9, log__every=4)
   assert loop.train(config, str(tmp_path / "undisturbed")) == 9
@@ -383,33 +384,6 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path):
   assert process.returncode == STOPPED
   assert "nothing is lost, start the same command again" in said
   assert "step 1" not in said
-
-
-def test_a_read_error_saves_what_was_done(tmp_path, monkeypatch):
-  real = pipeline.batches
-
-  def fails(items, config, start, rows):
-    batches = real(items, config, start, rows)
-
-    class Failing:
-      close = batches.close
-
-      def __next__(self):
-        batch = next(batches)
-        self.seen = getattr(self, "seen", 0) + 1
-        if self.seen == 4:
-          raise OSError("the disk does not answer")
-        return batch
-
-    return Failing()
-
-  monkeypatch.setattr(pipeline, "batches", fails)
-  config = tiny_config(checkpoint__every=100)
-  with pytest.raises(OSError, match="does not answer"):
-    loop.train(config, str(tmp_path))
-  assert listing.steps(str(tmp_path)) == [3]
-  monkeypatch.undo()
-  assert loop.train(config, str(tmp_path)) == 4
 
 
 def test_a_report_that_cannot_be_written_comes_after_the_checkpoint(

@@ -80,6 +80,7 @@ def test_so_many_failures_in_a_row_are_an_error(saver, state, tmp_path):
       _failed(saver)
 
 
+@pytest.mark.slow
 def test_the_count_begins_anew_after_a_good_save(saver, state):
   for first in (1, 5):
     with faults.files_end_at(20_000):
