@@ -10,6 +10,7 @@ import ast
 import contextlib
 import os
 import sys
+import threading
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -243,8 +244,17 @@ def execute(module: types.ModuleType, argv: Sequence[str]) -> int:
 def run(name: str) -> None:
   """Executes the main of this name with the program's arguments and exits."""
   code = execute(sys.modules[name], sys.argv[1:])
-  if code == 130:  # programs may still run on threads that an exit would crash
-    with contextlib.suppress(BrokenPipeError):
+  others = [
+    thread
+    for thread in threading.enumerate()
+    if not thread.daemon and thread is not threading.main_thread()
+  ]
+  for thread in others if code != 130 else ():
+    thread.join(5)
+  # Programs may still run on threads that an exit would crash, and those of a
+  # save that has failed may wait for minutes.
+  if code == 130 or any(thread.is_alive() for thread in others):
+    with contextlib.suppress(OSError, AttributeError):  # closed by the caller
       sys.stdout.flush()
     os._exit(code)
   sys.exit(code)

@@ -21,7 +21,10 @@ def check_writable(flag: str, path: str) -> None:
   """
   if "://" in path:
     return
-  parent = next(p for p in epath.Path(path).resolve().parents if p.exists())
+  whole = epath.Path(path).resolve()
+  if whole.is_dir() and os.access(whole, os.W_OK):  # such as a mounted volume
+    return
+  parent = next(p for p in whole.parents if p.exists())
   if not parent.is_dir() or not os.access(parent, os.W_OK):
     raise ConfigError(
       f"{flag}={path} cannot be written: {parent} is no folder that this user"

@@ -90,7 +90,7 @@ def _start_tracker():
 
 
 def _begin_worker(index: int, count: int) -> None:
-  """Leaves Ctrl-C, which the console sends to all, to the process that trains.
+  """Leaves signals, which may come to all, to the process that trains.
 
   And ends with that process, also where it was killed.
 
@@ -98,7 +98,8 @@ def _begin_worker(index: int, count: int) -> None:
     index: of this loader process.
     count: loader processes in all.
   """
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -39,7 +39,7 @@ class Saver:
       policies.append(_keep.EveryNSteps(config.checkpoint.keep_every))
     self._policy = _keep.AnyPreservationPolicy(policies)
     self._pending = None  # the save that is being written
-    self._failures = 0
+    self._failures, self._failed_once = 0, False
     checkpoint.contents(state, config, {})
     try:
       self._writer = self._open()
@@ -126,7 +126,8 @@ class Saver:
         processes.say(f"step {self._step} could not be saved ({why})")
     self._discard()
     self._thread.shutdown()
-    self._quiet.close()
+    if not self._failed_once:  # else Orbax's threads still speak of it
+      self._quiet.close()
 
   def _begin(
     self, step: int, state: TrainState, window: dict[str, float]
@@ -172,6 +173,7 @@ class Saver:
     if not failed:
       self._failures = 0
       return ""
+    self._failed_once = True
     why = listing.reason(error) if error else "another process says why"
     del error  # it holds on to what the failed save has left
     self._discard()  # the next one begins anew, and removes what is left

@@ -192,7 +192,7 @@ class _Events:
 def _step(line: bytes) -> int | float:
   """The step of a record; infinite where it is none."""
   try:
-    return json.loads(line)["step"]
+    return float(json.loads(line)["step"])
   except (ValueError, TypeError, KeyError):
     return math.inf
 
