@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from arflow_jax import console, paths
 from arflow_jax.errors import ConfigError
 
 Args = types.SimpleNamespace  # the value of every flag, by its name
+_PATIENCE = 5.0  # seconds that other threads have to end, when all is done
 
 
 class Flags:
@@ -249,10 +251,11 @@ def run(name: str) -> None:
     for thread in threading.enumerate()
     if not thread.daemon and thread is not threading.main_thread()
   ]
+  end = time.monotonic() + _PATIENCE
   for thread in others if code != 130 else ():
-    thread.join(5)
-  # Programs may still run on threads that an exit would crash, and those of a
-  # save that has failed may wait for minutes.
+    thread.join(max(0.0, end - time.monotonic()))
+  # Programs may still run on threads that an exit would crash. Those of a save
+  # that has failed may wait for minutes, and those of loaders for ever.
   if code == 130 or any(thread.is_alive() for thread in others):
     with contextlib.suppress(OSError, AttributeError):  # closed by the caller
       sys.stdout.flush()
@@ -261,5 +264,7 @@ def run(name: str) -> None:
 
 
 def _fail(error: object, code: int) -> int:
+  if isinstance(error, OSError) and error.strerror and error.filename:
+    error = f"{error.filename}: {error.strerror}"
   print(f"error: {error}", file=sys.stderr)
   return code

@@ -177,8 +177,14 @@ def dumps(config: ConfigDict) -> str:
 
 
 def loads(text: str) -> ConfigDict:
-  """Inverse of `dumps`; the result is locked."""
-  return ConfigDict(json.loads(text)).lock()
+  """Inverse of `dumps`; the result is locked.
+
+  Raises:
+    ValueError: the text is no JSON object.
+  """
+  if not isinstance(found := json.loads(text), dict):
+    raise ValueError("it holds no JSON object")
+  return ConfigDict(found).lock()
 
 
 def complete(stored: dict[str, Any], added: dict[str, Any]) -> ConfigDict:

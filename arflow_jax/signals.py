@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to a main: one line and a code, at once.
+"""What Ctrl-C, SIGTERM and SIGHUP do to a main: one line and a code, at once.
 
 From the first import on, and also while XLA compiles, when Python's own
 handlers wait. Nothing is lost by it: `sample` writes each file as a whole and
@@ -15,9 +15,11 @@ from collections.abc import Callable
 from arflow_jax.errors import STOPPED
 
 # A newline first: the console shows ^C or a progress bar.
+_STOPPED = (b"\nstopped; start the same command again\n", STOPPED)
 _ENDS = {
   signal.SIGINT: (b"\nerror: interrupted\n", 130),
-  signal.SIGTERM: (b"\nstopped; start the same command again\n", STOPPED),
+  signal.SIGTERM: _STOPPED,
+  signal.SIGHUP: _STOPPED,  # the terminal has gone
 }
 # What removes files that nobody else would.
 cleaners: list[Callable[[], None]] = []

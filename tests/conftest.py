@@ -37,6 +37,28 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+_STEPS = {}
+_SHAPELESS = ("steps", "data", "checkpoint", "log", "eval", "sample", "mesh")
+
+
+@pytest.fixture(autouse=True)
+def _steps_traced_once(monkeypatch):
+  """Programs of like configs share their jitted step: tracing takes seconds."""
+  from arflow_jax.training import state
+
+  real = state.make_train_step
+
+  def make(branch, tx, config):
+    shape = {k: v for k, v in config.to_dict().items() if k not in _SHAPELESS}
+    shape["items"] = branch.item_shape
+    key = json.dumps(shape, sort_keys=True)
+    if key not in _STEPS:
+      _STEPS[key] = real(branch, tx, config)
+    return _STEPS[key]
+
+  monkeypatch.setattr(state, "make_train_step", make)
+
+
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
   """A failed read is tried again at once."""

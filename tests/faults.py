@@ -25,12 +25,12 @@ from arflow_jax import signals
 # Where a signal may arrive: what is called there, and which call it is.
 TRAINING = {
   "start-up": ("arflow_jax.training.program:build", 1),
-  "restoring": ("arflow_jax.training.checkpoint:restore", 1),
+  "restoring": ("arflow_jax.training.checkpoint:_load", 1),
   "compiling": ("arflow_jax.training.state:average", 1),  # while it is traced
   "in a step": ("arflow_jax.training.program:Program.place", 4),
   "before a save": ("arflow_jax.training.saver:Saver.save", 1),
   "in a save": ("arflow_jax.training.checkpoint:contents", 3),  # see `_strike`
-  "after a save": ("arflow_jax.training.saver:Saver._settle", 1),
+  "after a save": ("arflow_jax.training.saver:Saver._wait", 1),
   "before a report": ("arflow_jax.training.telemetry:_Records.add", 2),
   "in the last save": ("arflow_jax.training.saver:Saver.finish", 1),
 }

@@ -60,6 +60,8 @@ def _interrupt_training(family, point, number, workdir):
     *flags(family, **CHANGES),
     f"--workdir={workdir}",
   ]
+  if point == "restoring":  # there has to be something
+    loop.train(tiny_config(family, **CHANGES | {"steps": 4}), str(workdir))
   struck = faults.run_struck(point, number, *command)
   wanted = ENDS[number]
   if number == signal.SIGTERM and point in TOO_LATE:

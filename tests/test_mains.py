@@ -407,10 +407,17 @@ def test_values_reach_the_config_with_their_types(monkeypatch):
   assert other.data.dir is None
 
 
-@pytest.mark.parametrize("family", ["arflow", "flowar"])
-def test_train_then_sample(family, tmp_path, capsys):
+@pytest.mark.parametrize(
+  ("family", "changes"),
+  [
+    ("arflow", {}),
+    ("flowar", {"model__patch_size": 4, "model__scales": (1, 2)}),
+  ],
+)
+def test_train_then_sample(family, changes, tmp_path, capsys):
   run = tmp_path / "run"
-  assert cli.execute(train, [*flags(family), f"--workdir={run}"]) == 0
+  args = [*flags(family, **changes), f"--workdir={run}"]
+  assert cli.execute(train, args) == 0
   out = capsys.readouterr().out
   assert "finished 4 steps" in out
   assert "images/s" in out

@@ -5,12 +5,15 @@ batches that an uninterrupted run would have seen from step k on, whatever the
 number of processes or loader workers.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
+import queue
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
 import grain
@@ -22,6 +25,7 @@ from ml_collections import ConfigDict
 from arflow_jax.data import sequences, sources
 
 _AHEAD = 8  # batches that are made before they are asked for
+_WAIT = 2.0  # seconds between two looks at the loader processes
 
 
 def open_items(config: ConfigDict) -> sequences.ClassSequences:
@@ -43,10 +47,11 @@ def batches(
   config: ConfigDict,
   start: int,
   rows: Int[np.ndarray, "n"],
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+) -> Iterator[dict[str, np.ndarray]]:
   """Yields some rows of the batches of steps start, start + 1, ...
 
-  Close it, so that threads and processes end.
+  Close it, so that threads and processes end. Where a loader process was
+  killed, the next batch raises OSError.
 
   Args:
     items: what `open_items` returned.
@@ -73,7 +78,75 @@ def batches(
     dataset.to_iter_dataset(options),
     grain.experimental.DatasetOptions(min_shm_size=sys.maxsize),
   )
-  return iter(piped.mp_prefetch(workers, worker_init_fn=_begin_worker))
+  return _Loaders(
+    iter(piped.mp_prefetch(workers, worker_init_fn=_begin_worker))
+  )
+
+
+class _Loaders:
+  """The batches of loader processes, and an error where one was killed.
+
+  A process that dies while it writes a batch leaves its reader waiting for the
+  rest for ever. So a thread reads, one batch ahead, which may be left behind.
+
+  Args:
+    batches: grain's iterator.
+  """
+
+  def __init__(self, batches: Iterator[dict[str, np.ndarray]]):
+    self._read = queue.Queue(1)
+    self._processes: set[multiprocessing.Process] = set()
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._run, args=(batches,))
+    self._thread.start()
+
+  def __iter__(self) -> "_Loaders":
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    batch = error = None
+    while batch is None and error is None:
+      killed = self._killed()
+      try:
+        batch, error = self._read.get(timeout=_WAIT)
+      except queue.Empty:
+        if killed:  # and nothing has come since
+          break
+    killed = self._killed()  # while they live, it gets to know them
+    if batch is not None:
+      return batch
+    if killed:
+      raise OSError(
+        f"loader process {killed[0].pid} has ended with code"
+        f" {killed[0].exitcode}, as when the system kills it for want of"
+        " memory; where that comes back, lower data.workers"
+      ) from error
+    raise error
+
+  def close(self) -> None:
+    """Ends the thread and the processes."""
+    self._closed.set()
+    while self._thread.is_alive() and not self._killed():
+      with contextlib.suppress(queue.Empty):
+        self._read.get(timeout=_WAIT)
+    if self._killed():  # grain may wait for ever
+      for process in self._processes:
+        process.kill()
+
+  def _run(self, batches):
+    with contextlib.closing(batches):
+      while not self._closed.is_set():
+        try:
+          read = next(batches), None
+        except Exception as error:  # StopIteration among them
+          read = None, error
+        self._read.put(read)
+        if read[1]:
+          return
+
+  def _killed(self) -> list[multiprocessing.Process]:
+    self._processes.update(multiprocessing.active_children())
+    return [process for process in self._processes if process.exitcode]
 
 
 def _start_tracker():
@@ -98,7 +171,7 @@ def _begin_worker(index: int, count: int) -> None:
     index: of this loader process.
     count: loader processes in all.
   """
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_end_with_parent, daemon=True).start()
 

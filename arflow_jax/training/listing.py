@@ -213,7 +213,7 @@ def _patiently(load: Callable[[epath.Path], Any], path: epath.Path) -> Any:
   for pause in PAUSES:
     try:
       return jax.block_until_ready(load(path))
-    except ConfigError:
+    except (ConfigError, Damaged):  # a checksum will differ again
       raise
     except Exception as error:
       if not path.exists():

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 
+from arflow_jax import paths
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
 from arflow_jax.training import listing
@@ -26,7 +27,7 @@ def held(workdir: str) -> Iterator[None]:
     ConfigError: another trainer is at work there; the message names it.
   """
   holder, lock = "", None
-  if processes.speaks() and "://" not in workdir:
+  if processes.speaks() and paths.is_local(workdir):
     folder = listing.folder(workdir).parent
     try:
       folder.mkdir(parents=True, exist_ok=True)

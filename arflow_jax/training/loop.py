@@ -27,9 +27,10 @@ from arflow_jax.training.state import TrainState
 def train(config: ConfigDict, workdir: str) -> int:
   """Trains until `config.steps`, resuming from the newest checkpoint.
 
-  SIGTERM saves after the step in progress and returns. SIGINT saves too, and
-  then raises KeyboardInterrupt; a second one raises it at once. Before the
-  first step there is nothing to save: a signal ends the process there.
+  SIGTERM saves after the step in progress and returns, and so does data that
+  can no longer be read. SIGINT saves too, and then raises KeyboardInterrupt; a
+  second one raises it at once. Before the first step there is nothing to save:
+  a signal ends the process there.
 
   Args:
     config: the full config; see `config.FREE` for what a relaunch may change.
@@ -110,11 +111,16 @@ def _steps(
       try:
         batch = next(batches)
       except Exception as error:
-        if step - 1 > start:  # what the data did is no fault of these steps
-          processes.say(f"no data for step {step}: {listing.reason(error)}")
-          metrics.means()
-          saver.finish(step - 1, state, metrics.window)
-        raise
+        if step - 1 == start:
+          raise
+        # What the data did is no fault of the steps before.
+        processes.say(f"no data for step {step}: {listing.reason(error)}")
+        metrics.means()
+        saver.finish(step - 1, state, metrics.window)
+        if not isinstance(error, OSError):  # a new start would fail again
+          raise
+        step -= 1
+        break
       state, latest = program.step(state, program.place(batch))
       metrics.add(step, latest)
       asked, failed = processes.agree(stop.requested, saver.failed())
@@ -131,19 +137,20 @@ def _steps(
       if whole:
         metrics.window = {}
       stop.begin()  # there is something to save from here on
-      if done:
-        saver.finish(step, state, metrics.window)
-      elif save:  # before the report: a disk that takes no report may take this
-        saver.save(step, state, metrics.window)
-      log.report(step, means, record=record)
+      try:  # first: a kill after the save would leave a step without a record
+        log.report(step, means, record=record)
+      finally:
+        if done:
+          saver.finish(step, state, metrics.window)
+        elif save:
+          saver.save(step, state, metrics.window)
       if first:
         log.start_clock(step)
       if done:
         break
   if step < config.steps:
     processes.say(
-      f"stopped on request after step {step}, saved; start the same command"
-      " again to go on"
+      f"stopped after step {step}, saved; start the same command again to go on"
     )
   else:
     processes.say(

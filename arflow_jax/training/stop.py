@@ -8,12 +8,13 @@ from arflow_jax.errors import STOPPED
 
 
 class Stop:
-  """Turns SIGTERM and SIGINT into a request to stop after a step.
+  """Turns SIGTERM, SIGINT and SIGHUP into a request to stop after a step.
 
   Until `begin` there is nothing to lose, and a signal ends the process at once:
   a thread hears it even while XLA compiles, when Python's own handlers wait. A
-  second SIGINT raises KeyboardInterrupt. As a context manager it puts the
-  former handlers back.
+  second SIGINT raises KeyboardInterrupt. What the process was told to ignore,
+  as by `nohup`, it ignores. As a context manager it puts the former handlers
+  back.
 
   Attributes:
     requested: whether this process was asked to stop.
@@ -49,8 +50,9 @@ class Stop:
   def __enter__(self):
     self._heard, self._wakeup = os.pipe()
     os.set_blocking(self._wakeup, False)
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._before[number] = signal.signal(number, self._request)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+      if signal.getsignal(number) != signal.SIG_IGN:
+        self._before[number] = signal.signal(number, self._request)
     self._former = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()

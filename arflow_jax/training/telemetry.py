@@ -17,6 +17,7 @@ from etils import epath
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from arflow_jax import paths
 from arflow_jax.parallel import processes
 
 
@@ -96,7 +97,7 @@ class _Growing:
 
   def __init__(self, path: epath.Path, content: bytes = b""):
     self._path, self._content = path, content
-    self._whole = "://" in str(path)
+    self._whole = not paths.is_local(path)
     self._waiting = b""
 
   def add(self, record: bytes) -> None:

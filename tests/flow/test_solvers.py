@@ -27,6 +27,7 @@ SDE = {
   "last_step": "mean",
   "last_step_size": 0.04,
 }
+SHARES = [5, pytest.param(1, marks=pytest.mark.slow)]  # see `_some`
 STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 
 
@@ -40,11 +41,18 @@ def _recorded(velocity, states):
   return record
 
 
+def _some(runs, share):
+  """All runs on the linear path, and one of so many of the others."""
+  others = [run for run in runs if run["path"].lower() != "linear"]
+  return [run for run in runs if run not in others] + others[::share]
+
+
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("path", parity_files("transport_ode*"))
-def test_published_ode(path, load_parity):
+def test_published_ode(path, share, load_parity):
   z = load_parity(path)
   x = channels_last(z["in/z"])
-  for run in z.cases():
+  for run in _some(z.cases(), share):
     name, method = run["name"], run["sampling_method"]
     velocity = velocity_of(z, run)
     times = jnp.asarray(sampling_times(run))
@@ -75,11 +83,12 @@ def test_published_ode(path, load_parity):
       assert relative_error(channels_first(state), wanted) < 1e-5, name
 
 
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("path", parity_files("transport_sde*"))
-def test_published_sde(path, load_parity):
+def test_published_sde(path, share, load_parity):
   z = load_parity(path)
   x = channels_last(z["in/z"])
-  for run in z.cases():
+  for run in _some(z.cases(), share):
     name = run["name"]
     settings = solver_settings(run)
     times = jnp.asarray(sampling_times(run, settings))

@@ -123,28 +123,35 @@ def test_levels_are_uniform_one_for_each_scale():
   np.testing.assert_allclose(draws.noise.std(), 1, atol=0.01)
 
 
+# Two scales: less to compile.
+SMALL = {"model__patch_size": 4, "model__scales": (1, 2)}
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
   """The state after four steps without a break, on one device."""
   workdir = tmp_path_factory.mktemp("straight")
-  config = tiny_config("flowar")
+  config = tiny_config("flowar", **SMALL)
   loop.train(config, str(workdir))
   return stored_state(config, workdir)
 
 
+@pytest.mark.slow
 def test_two_and_two_steps_are_four_bit_for_bit(straight, tmp_path):
-  config = tiny_config("flowar")
-  loop.train(tiny_config("flowar", steps=2), str(tmp_path))
+  config = tiny_config("flowar", **SMALL)
+  loop.train(tiny_config("flowar", steps=2, **SMALL), str(tmp_path))
   loop.train(config, str(tmp_path))
   broken = stored_state(config, tmp_path)
   jax.tree.map(np.testing.assert_array_equal, straight, broken)
 
 
+@pytest.mark.slow
 def test_four_devices_make_the_same_run(straight, tmp_path):
   """data 2 x fsdp 2 against one device, with the rounding of another order."""
   subprocess.run(
     [
-      *(sys.executable, "-m", "arflow_jax.train", *flags("flowar")),
+      *(sys.executable, "-m", "arflow_jax.train"),
+      *flags("flowar", **SMALL),
       *("--config.mesh.data=2", "--config.mesh.fsdp=2"),
       f"--workdir={tmp_path}",
     ],
@@ -152,7 +159,7 @@ def test_four_devices_make_the_same_run(straight, tmp_path):
     check=True,
     capture_output=True,
   )
-  four = stored_state(tiny_config("flowar"), tmp_path)
+  four = stored_state(tiny_config("flowar", **SMALL), tmp_path)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
     straight.params,

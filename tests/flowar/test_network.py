@@ -56,7 +56,9 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize(
+  "cross", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_golden_training(cross):
   wanted = GOLDEN[cross]
   rs = np.random.RandomState(1234)

@@ -93,7 +93,9 @@ def _draw(network, labels, noise, settings):
     return sampler.draw_scales(network, labels, settings, given), seen
 
 
-@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize(
+  "cross", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_golden_sample(cross):
   rs = np.random.RandomState(1234)
   network = golden_network(rs, cross)

@@ -1,12 +1,15 @@
 """Runs: exact resume, fallbacks, refusals, clean stops."""
 
+import contextlib
 import itertools
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -315,7 +318,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
         break
     seen += process.stdout.read()
   assert process.returncode == STOPPED, seen
-  assert "stopped on request after step" in seen
+  assert "stopped after step" in seen
   (step,) = listing.steps(str(tmp_path))
   assert loop.train(tiny_config(steps=step + 1), str(tmp_path)) == step + 1
 
@@ -353,7 +356,7 @@ def test_means_cover_the_same_steps_after_an_interruption(tmp_path):
   assert {step: pieces[step] for step in whole} == whole
 
 
-def test_an_error_of_the_data_loses_no_state(tmp_path, monkeypatch):
+def test_an_error_of_the_data_loses_no_state(tmp_path, monkeypatch, capsys):
   """Also where the save before it has failed."""
   batches = pipeline.batches
 
@@ -368,9 +371,59 @@ def test_an_error_of_the_data_loses_no_state(tmp_path, monkeypatch):
     "orbax.checkpoint:v1.training.Checkpointer.save_checkpointables_async"
   )
   faults.fail(monkeypatch, writer, OSError(28, "No space left"), calls=(2,))
-  with pytest.raises(OSError, match="does not answer"):
-    loop.train(tiny_config(steps=9), str(tmp_path))
+  assert loop.train(tiny_config(steps=9), str(tmp_path)) == 4
   assert listing.steps(str(tmp_path)) == [2, 4]
+  said = capsys.readouterr().out
+  assert "no data for step 5: the disk does not answer" in said
+  assert "stopped after step 4, saved; start the same command again" in said
+
+
+def test_an_error_of_the_first_data_is_one(copy, monkeypatch):
+  """Nothing is gained by starting again: no launcher does so for ever."""
+
+  def failing(*_):
+    yield from ()
+    raise OSError("the disk does not answer")
+
+  monkeypatch.setattr(pipeline, "batches", failing)
+  with pytest.raises(OSError, match="does not answer"):
+    loop.train(tiny_config(steps=9), str(copy))
+
+
+def _loaders(trainer):
+  """The process numbers of the loader processes of a trainer."""
+  found = []
+  for folder in pathlib.Path("/proc").glob("[0-9]*"):
+    with contextlib.suppress(OSError):  # it has ended
+      ours = f"\nPPid:\t{trainer.pid}\n" in (folder / "status").read_text()
+      if ours and "spawn_main" in (folder / "cmdline").read_text():
+        found.append(int(folder.name))
+  return found
+
+
+@pytest.mark.slow  # it waits for 11 s
+def test_a_killed_loader_ends_a_run_that_is_saved(tmp_path):
+  """In the middle of a batch that no pipe holds as a whole."""
+  args = flags(
+    steps=9, data__workers=2, data__sequence_length=100, batch_size=16
+  )
+  with _train(tmp_path, *args) as process:
+    for line in process.stdout:
+      if "compiling" in line:  # nobody reads what loaders write meanwhile
+        break
+    while len(loaders := _loaders(process)) < 2:
+      time.sleep(0.1)
+    time.sleep(2)
+    for loader in loaders:
+      os.kill(loader, signal.SIGTERM)  # leaves it to the trainer
+    time.sleep(0.5)
+    os.kill(loaders[0], signal.SIGKILL)
+    said = process.stdout.read()
+  assert process.returncode == STOPPED, said
+  assert f"loader process {loaders[0]} has ended with code -9" in said
+  assert "Traceback" not in said
+  (step,) = listing.steps(str(tmp_path))
+  assert f"stopped after step {step}, saved" in said
 
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path):
