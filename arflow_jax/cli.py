@@ -253,7 +253,8 @@ def run(name: str) -> None:
   ]
   end = time.monotonic() + _PATIENCE
   for thread in others if code != 130 else ():
-    thread.join(max(0.0, end - time.monotonic()))
+    with contextlib.suppress(Exception):  # Orbax's raise what they failed with
+      thread.join(max(0.0, end - time.monotonic()))
   # Programs may still run on threads that an exit would crash. Those of a save
   # that has failed may wait for minutes, and those of loaders for ever.
   if code == 130 or any(thread.is_alive() for thread in others):

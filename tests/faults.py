@@ -91,11 +91,18 @@ def files_end_at(size: int):
 
 
 @contextlib.contextmanager
-def small_disk(folder, size: int):
-  """A file system of so many bytes; the test is skipped where none may be."""
-  folder.mkdir()
+def small_disk(folder, size: int, mode="rw"):
+  """A file system of so many bytes; the test is skipped where none may be.
+
+  Args:
+    folder: where it is; made if need be, hidden if there is one.
+    size: bytes.
+    mode: `ro` refuses every write.
+  """
+  folder.mkdir(exist_ok=True)
+  options = f"size={size},{mode}"
   made = subprocess.run(
-    ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+    ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
     capture_output=True,
     text=True,
     check=False,

@@ -163,6 +163,15 @@ class Saver:
       warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
       gc.collect()
 
+  def _tidy(self) -> None:
+    """Removes what threads of a failed save have written after it failed."""
+    if not (self._failed_once and processes.speaks()):
+      return
+    folder = listing.folder(self._workdir)
+    for left in folder.glob("*.orbax-checkpoint-tmp*"):
+      with contextlib.suppress(OSError):
+        left.rmtree()
+
   def _wait(self) -> str:
     """Waits for the save before: a text where it failed in any process."""
     if self._pending is None:
@@ -172,6 +181,7 @@ class Saver:
     (failed,) = processes.agree(error is not None)
     if not failed:
       self._failures = 0
+      self._tidy()
       return ""
     self._failed_once = True
     why = listing.reason(error) if error else "another process says why"

@@ -4,6 +4,9 @@ import concurrent.futures
 import contextlib
 import gc
 import json
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -13,7 +16,7 @@ from arflow_jax.training import listing, loop, telemetry
 from arflow_jax.training import program as program_lib
 from arflow_jax.training.saver import Saver
 from tests import faults
-from tests.tiny import stored_state, tiny_config
+from tests.tiny import flags, stored_state, tiny_config
 
 CONFIG = tiny_config(checkpoint__failures=3)
 
@@ -159,6 +162,27 @@ def test_training_outlives_a_disk_that_is_full_for_a_while(
     stored_state(config, run),
     stored_state(config, tmp_path / "undisturbed"),
   )
+
+
+@pytest.mark.slow
+def test_a_run_that_outlived_failed_saves_ends_soon(tmp_path):
+  """Threads of theirs would hold up the exit for minutes, and then speak."""
+  command = [sys.executable, "-m", "arflow_jax.train", f"--workdir={tmp_path}"]
+  command += flags(steps=400, checkpoint__every=10, log__every=10)
+  with subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  ) as process:
+    for line in process.stdout:
+      if "10/" in line:
+        break
+    with faults.small_disk(tmp_path / "checkpoints", 1, "ro"):
+      time.sleep(0.6)
+    said = process.stdout.read()
+  assert process.returncode == 0, said
+  last = said.splitlines()[-1]
+  assert last.startswith("finished 400 steps"), said
+  assert "could not be saved" in said
+  assert _names(tmp_path)[-1] == "400"
 
 
 @pytest.mark.slow
