@@ -1,6 +1,6 @@
 """Autoregressive flow image models in JAX: ARFlow, FlowAR, one flow core.
 
-Importing this package imports nothing else; take what you need from the
+Importing this package imports nothing heavy; take what you need from the
 sub-packages: `arflow_jax.arflow`, `arflow_jax.flow`, `arflow_jax.kernels`, ...
 """
 
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if sys.argv[:1] == ["-m"] and any(
   argument.startswith(f"{__name__}.") for argument in sys.orig_argv
 ):
-  from arflow_jax import signals
+  from arflow_jax import console, signals
 
+  console.hold()
   signals.watch()

@@ -19,6 +19,18 @@ def say(text: str) -> None:
       print(text, file=sys.stderr, flush=True)
 
 
+def hold() -> None:
+  """Opens the standard files that the caller has closed, to nowhere.
+
+  Else the next file that is opened gets their numbers, and what is printed.
+  """
+  for number, name in enumerate(("stdin", "stdout", "stderr")):
+    if getattr(sys, name) is None:  # as Python begins where it is closed
+      opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+      if opened == number:
+        setattr(sys, name, os.fdopen(opened, "w" if number else "r"))
+
+
 def silence() -> None:
   """Sends what is still printed nowhere, also what Python prints at its end."""
   nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,5 +1,6 @@
 """Printing where nobody reads and where a log cannot grow."""
 
+import os
 import subprocess
 import sys
 
@@ -26,3 +27,24 @@ def test_a_log_that_cannot_grow_ends_nothing(tmp_path):
   lines = (tmp_path / "log").read_text().splitlines()
   assert lines[0] == "first"
   assert lines[-1] == "third"
+
+
+def test_closed_standard_files_get_no_other_output(tmp_path):
+  """Numbers 0 to 2 go to nowhere, not to the next file that is opened."""
+  program = """
+import os, sys
+from arflow_jax import console
+console.hold()
+for name in ("stdout", "stderr"):
+  print("lost", file=getattr(sys, name), flush=True)
+raise SystemExit(os.open("file", os.O_CREAT | os.O_WRONLY))
+"""
+  done = subprocess.run(
+    f"exec {sys.executable} -c '{program}' <&- >&- 2>&-",
+    shell=True,
+    cwd=tmp_path,
+    env={"PYTHONPATH": os.getcwd()},
+    check=False,
+  )
+  assert done.returncode == 3
+  assert (tmp_path / "file").read_text() == ""

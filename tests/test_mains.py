@@ -305,6 +305,8 @@ def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch, capsys):
   assert f"--out={tmp_path}/x.txt must end in" in capsys.readouterr().err
   assert cli.execute(train, ["--config=~/c.py", "--workdir=x"]) == 2
   assert f"{tmp_path}/c.py does not exist" in capsys.readouterr().err
+  assert cli.execute(train, [CONFIG, "--workdir=~nobody-here/x"]) == 2
+  assert "~nobody-here is no user of this machine" in capsys.readouterr().err
 
 
 def test_a_config_file_that_fails_is_one_clear_line(tmp_path, capsys):

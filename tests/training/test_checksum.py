@@ -174,13 +174,15 @@ def test_verify_names_what_is_damaged(undisturbed, tmp_path, capsys):
   shutil.copytree(undisturbed, workdir)
   faults.flip(_data(workdir), 0.5)
   (workdir / "config.json").write_text("{")
+  (workdir / "data.json").write_text("[]")
   before = sorted(workdir.rglob("*"))
   assert cli.execute(verify, [f"--workdir={workdir}"]) == 1
-  good, bad, advice, config = capsys.readouterr().out.splitlines()
+  good, bad, advice, config, data = capsys.readouterr().out.splitlines()
   assert good.startswith("checkpoint 2: good")
   assert bad.startswith("checkpoint 4: ")
   assert bad.endswith(": its checksum differs")
   assert config.startswith("config.json: ")
+  assert data == "data.json: it holds no JSON object"
   assert "use the newest good one, 2" in advice
   assert sorted(workdir.rglob("*")) == before
   assert cli.execute(verify, ["--workdir=none"]) == 1

@@ -97,6 +97,19 @@ def test_other_data_is_refused(copy):
   assert (copy / "data.json").exists()
 
 
+def test_a_folder_in_the_way_is_found_at_the_start(tmp_path, monkeypatch):
+  monkeypatch.setattr(program_lib, "build", None)
+  (tmp_path / "metrics.jsonl").mkdir()
+  with pytest.raises(ConfigError, match=r"metrics.jsonl is a folder; move it"):
+    loop.train(tiny_config(), str(tmp_path))
+
+
+@pytest.mark.parametrize("workdir", ["s3://bucket/run", "file:///tmp/run"])
+def test_an_address_that_cannot_be_opened_is_refused(workdir):
+  with pytest.raises(ConfigError, match=f"{workdir} cannot be opened"):
+    loop.train(tiny_config(), workdir)
+
+
 @pytest.mark.parametrize("name", ["run", "run/checkpoints"])
 def test_a_file_in_the_way_is_found_at_the_start(tmp_path, monkeypatch, name):
   monkeypatch.setattr(program_lib, "build", None)
