@@ -18,7 +18,6 @@ BAD = {
   bool: (None,),
   tuple: ((0,), (-1,), (HUGE,), (1.5,), (True,), ("x",), (None,), None),
 }
-NEVER = "never: larger than any run"
 # What is allowed, and why.
 ALLOWED = {
   "mesh.data": {-1: "takes the devices that are left"},

@@ -48,3 +48,25 @@ raise SystemExit(os.open("file", os.O_CREAT | os.O_WRONLY))
   )
   assert done.returncode == 3
   assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_reader_who_leaves_ends_nothing():
+  """As `head -1` does."""
+  program = """
+import sys
+from arflow_jax import console
+console.say("first")
+sys.stdin.readline()
+for _ in range(3):
+  console.say("more")
+print("at the end, by print")
+"""
+  pipe = subprocess.PIPE
+  with subprocess.Popen(
+    [sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe
+  ) as process:
+    assert process.stdout.readline() == b"first\n"
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == b""
+  assert process.returncode == 0
