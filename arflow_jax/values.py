@@ -120,7 +120,7 @@ SHARED = {
   "data.dir": optional(text),
   "data.sequence_length": whole(1, 65_536),
   "data.flip": switch,
-  "data.workers": whole(0, 1024),
+  "data.workers": whole(0, 128),
   "optimizer.peak_lr": real("(0, 1000]"),
   "optimizer.warmup_steps": whole(0),
   "optimizer.decay_steps": optional(whole()),
