@@ -25,7 +25,9 @@ from ml_collections import ConfigDict
 from arflow_jax.data import sequences, sources
 
 _AHEAD = 8  # batches that are made before they are asked for
-_WAIT = 2.0  # seconds between two looks at the loader processes
+_LOOK = 0.2  # seconds between two looks at the loader processes
+_ENDED = "Worker process was terminated unexpectedly"  # as grain says it
+_WAIT = 2.0  # seconds for a batch, once one of them was killed
 
 
 def open_items(config: ConfigDict) -> sequences.ClassSequences:
@@ -87,7 +89,8 @@ class _Loaders:
   """The batches of loader processes, and an error where one was killed.
 
   A process that dies while it writes a batch leaves its reader waiting for the
-  rest for ever. So a thread reads, one batch ahead, which may be left behind.
+  rest for ever, and one that dies while it starts may do so too. So a thread
+  reads, one batch ahead, and may be left behind.
 
   Args:
     batches: grain's iterator.
@@ -95,7 +98,6 @@ class _Loaders:
 
   def __init__(self, batches: Iterator[dict[str, np.ndarray]]):
     self._read = queue.Queue(1)
-    self._processes: set[multiprocessing.Process] = set()
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._run, args=(batches,))
     self._thread.start()
@@ -104,33 +106,34 @@ class _Loaders:
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
-    batch = error = None
-    while batch is None and error is None:
-      killed = self._killed()
+    waited = 0.0
+    while True:
       try:
-        batch, error = self._read.get(timeout=_WAIT)
+        batch, error = self._read.get(timeout=_LOOK)
+        break
       except queue.Empty:
-        if killed:  # and nothing has come since
+        waited += _LOOK * bool(killed := _killed())
+        if waited > _WAIT:  # the others may have brought theirs in that time
+          batch, error = None, RuntimeError(f"{_ENDED} by signal {killed}")
           break
-    killed = self._killed()  # while they live, it gets to know them
-    if batch is not None:
+    if error is None:
       return batch
-    if killed:
+    if isinstance(error, RuntimeError) and str(error).startswith(_ENDED):
+      reason = str(error).partition(".")[0]
       raise OSError(
-        f"loader process {killed[0].pid} has ended with code"
-        f" {killed[0].exitcode}, as when the system kills it for want of"
-        " memory; where that comes back, lower data.workers"
-      ) from error
+        f"{reason}, as when the system kills it for want of memory; where that"
+        " comes back, lower data.workers"
+      ) from None
     raise error
 
   def close(self) -> None:
     """Ends the thread and the processes."""
     self._closed.set()
-    while self._thread.is_alive() and not self._killed():
+    while self._thread.is_alive() and not _killed():
       with contextlib.suppress(queue.Empty):
-        self._read.get(timeout=_WAIT)
-    if self._killed():  # grain may wait for ever
-      for process in self._processes:
+        self._read.get(timeout=_LOOK)
+    if _killed():  # grain may wait for ever
+      for process in multiprocessing.active_children():
         process.kill()
 
   def _run(self, batches):
@@ -144,9 +147,20 @@ class _Loaders:
         if read[1]:
           return
 
-  def _killed(self) -> list[multiprocessing.Process]:
-    self._processes.update(multiprocessing.active_children())
-    return [process for process in self._processes if process.exitcode]
+
+def _killed() -> int:
+  """The signal that has killed a child process whose end nobody has seen yet.
+
+  Or 0, also where the system does not tell.
+  """
+  if not hasattr(os, "waitid"):
+    return 0
+  look = os.WEXITED | os.WNOHANG | os.WNOWAIT  # which leaves it to be seen
+  with contextlib.suppress(ChildProcessError):
+    found = os.waitid(os.P_ALL, 0, look)
+    if found and found.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+      return found.si_status
+  return 0
 
 
 def _start_tracker():
