@@ -418,15 +418,18 @@ def _loaders(trainer):
 def test_a_killed_loader_ends_a_run_that_is_saved(tmp_path):
   """In the middle of a batch that no pipe holds as a whole."""
   args = flags(
-    steps=9, data__workers=2, data__sequence_length=100, batch_size=16
+    steps=100_000,
+    log__every=1000,
+    checkpoint__every=1000,
+    data__workers=2,
+    data__sequence_length=100,
+    batch_size=16,
   )
   with _train(tmp_path, *args) as process:
     for line in process.stdout:
-      if "compiling" in line:  # nobody reads what loaders write meanwhile
+      if line.startswith("step "):
         break
-    while len(loaders := _loaders(process)) < 2:
-      time.sleep(0.1)
-    time.sleep(2)
+    loaders = _loaders(process)
     for loader in loaders:
       os.kill(loader, signal.SIGTERM)  # leaves it to the trainer
     time.sleep(0.5)
