@@ -249,14 +249,15 @@ def run(name: str) -> None:
   others = [
     thread
     for thread in threading.enumerate()
-    if not thread.daemon and thread is not threading.main_thread()
+    if not thread.daemon or thread.name.startswith("arflow_jax.")
+    if thread is not threading.main_thread()
   ]
   end = time.monotonic() + _PATIENCE
   for thread in others if code != 130 else ():
     with contextlib.suppress(Exception):  # Orbax's raise what they failed with
       thread.join(max(0.0, end - time.monotonic()))
   # Programs may still run on threads that an exit would crash. Those of a save
-  # that has failed may wait for minutes, and those of loaders for ever.
+  # that has failed may wait for minutes, and the reader of loaders for ever.
   if code == 130 or any(thread.is_alive() for thread in others):
     with contextlib.suppress(OSError, AttributeError):  # closed by the caller
       sys.stdout.flush()
@@ -267,5 +268,6 @@ def run(name: str) -> None:
 def _fail(error: object, code: int) -> int:
   if isinstance(error, OSError) and error.strerror and error.filename:
     error = f"{error.filename}: {error.strerror}"
-  print(f"error: {error}", file=sys.stderr)
+  with contextlib.suppress(OSError):  # the terminal may have gone
+    print(f"error: {error}", file=sys.stderr)
   return code

@@ -28,6 +28,7 @@ def hold() -> None:
     if getattr(sys, name) is None:  # as Python begins where it is closed
       opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
       if opened == number:
+        os.set_inheritable(opened, True)  # for what this process starts
         setattr(sys, name, os.fdopen(opened, "w" if number else "r"))
 
 

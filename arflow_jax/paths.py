@@ -37,8 +37,8 @@ def check_writable(flag: str, path: str) -> None:
     flag: the name of the setting, for the message.
     path: local, or in a bucket, which tells only when something is written.
   """
+  check_bucket(flag, path)
   if not is_local(path):
-    _check_bucket(flag, path)
     return
   whole = epath.Path(path).resolve()
   if whole.is_dir() and os.access(whole, os.W_OK):  # such as a mounted volume
@@ -58,7 +58,8 @@ def check_workdir(workdir: str) -> None:
   folders = [path, path / "checkpoints"]
   wrong = [(part, "file") for part in folders if _is_file(part)]
   wrong += [(path / x, "folder") for x in _FILES if (path / x).is_dir()]
-  for part, kind in wrong:
+  if wrong:
+    part, kind = wrong[0]
     raise ConfigError(
       f"--workdir={workdir}: {part} is a {kind}; move it away or choose"
       " another --workdir"
@@ -70,8 +71,15 @@ def check_workdir(workdir: str) -> None:
     )
 
 
-def _check_bucket(flag: str, path: str) -> None:
-  """Raises ConfigError unless a bucket answers under this address."""
+def check_bucket(flag: str, path: str) -> None:
+  """Raises ConfigError unless a bucket answers under this address.
+
+  Args:
+    flag: the name of the setting, for the message.
+    path: local paths are left alone.
+  """
+  if is_local(path):
+    return
   try:
     epath.Path(path).exists()
   except Exception as error:  # of any file system that epath may open

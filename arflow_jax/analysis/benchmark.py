@@ -6,6 +6,7 @@ FLOPs are those of the products in the jaxpr (`flops.count`), 3x the forward
 pass for a train step: what remat computes twice counts once.
 """
 
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -236,13 +237,15 @@ def _input_wait(
   """Mean wait for a batch in a loop like the trainer's."""
   config = program.config.copy_and_resolve_references()
   config.steps = repeats + 2
-  batches = pipeline.batches(items, config, 0, program.rows)
   waits = []
-  for _ in range(repeats + 1):
-    begin = time.monotonic()
-    batch = next(batches)
-    waits.append(time.monotonic() - begin)
-    # As in the trainer: the next batch is fetched while this step runs.
-    current, _ = compiled(current, program.place(batch))
-  jax.block_until_ready(current)
+  with contextlib.closing(
+    pipeline.batches(items, config, 0, program.rows)
+  ) as batches:
+    for _ in range(repeats + 1):
+      begin = time.monotonic()
+      batch = next(batches)
+      waits.append(time.monotonic() - begin)
+      # As in the trainer: the next batch is fetched while this step runs.
+      current, _ = compiled(current, program.place(batch))
+    jax.block_until_ready(current)
   return statistics.mean(waits[1:])  # the first one starts the loader

@@ -10,9 +10,11 @@ import dataclasses
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
@@ -26,8 +28,8 @@ from arflow_jax.data import sequences, sources
 
 _AHEAD = 8  # batches that are made before they are asked for
 _LOOK = 0.2  # seconds between two looks at the loader processes
-_ENDED = "Worker process was terminated unexpectedly"  # as grain says it
 _WAIT = 2.0  # seconds for a batch, once one of them was killed
+_PATIENCE = 30.0  # seconds that they have to end, a batch's time included
 
 
 def open_items(config: ConfigDict) -> sequences.ClassSequences:
@@ -80,9 +82,8 @@ def batches(
     dataset.to_iter_dataset(options),
     grain.experimental.DatasetOptions(min_shm_size=sys.maxsize),
   )
-  return _Loaders(
-    iter(piped.mp_prefetch(workers, worker_init_fn=_begin_worker))
-  )
+  piped = piped.mp_prefetch(workers, worker_init_fn=_begin_worker)
+  return _Loaders(iter(piped), config.data.workers)
 
 
 class _Loaders:
@@ -90,16 +91,21 @@ class _Loaders:
 
   A process that dies while it writes a batch leaves its reader waiting for the
   rest for ever, and one that dies while it starts may do so too. So a thread
-  reads, one batch ahead, and may be left behind.
+  reads, two batches ahead, and may be left behind.
 
   Args:
     batches: grain's iterator.
+    count: loader processes.
   """
 
-  def __init__(self, batches: Iterator[dict[str, np.ndarray]]):
+  def __init__(self, batches: Iterator[dict[str, np.ndarray]], count: int):
     self._read = queue.Queue(1)
     self._closed = threading.Event()
-    self._thread = threading.Thread(target=self._run, args=(batches,))
+    self._count, self._processes = count, frozenset()
+    threading.Thread(target=self._watch, daemon=True).start()
+    self._thread = threading.Thread(
+      target=self._run, args=(batches,), daemon=True, name=f"{__name__}.reader"
+    )
     self._thread.start()
 
   def __iter__(self) -> "_Loaders":
@@ -112,29 +118,29 @@ class _Loaders:
         batch, error = self._read.get(timeout=_LOOK)
         break
       except queue.Empty:
-        waited += _LOOK * bool(killed := _killed())
-        if waited > _WAIT:  # the others may have brought theirs in that time
-          batch, error = None, RuntimeError(f"{_ENDED} by signal {killed}")
-          break
+        if code := self._killed():
+          waited += _LOOK
+          if waited > _WAIT:  # the others may have brought theirs in that time
+            raise _death(code) from None
     if error is None:
       return batch
-    if isinstance(error, RuntimeError) and str(error).startswith(_ENDED):
-      reason = str(error).partition(".")[0]
-      raise OSError(
-        f"{reason}, as when the system kills it for want of memory; where that"
-        " comes back, lower data.workers"
-      ) from None
+    if found := re.match(r"Worker process .* exit code (-?\d+)", str(error)):
+      raise _death(int(found[1])) from None  # as grain says it
     raise error
 
   def close(self) -> None:
     """Ends the thread and the processes."""
     self._closed.set()
-    while self._thread.is_alive() and not _killed():
+    end = time.monotonic() + _PATIENCE
+    while self._thread.is_alive() and time.monotonic() < end:
       with contextlib.suppress(queue.Empty):
         self._read.get(timeout=_LOOK)
-    if _killed():  # grain may wait for ever
-      for process in multiprocessing.active_children():
+      if self._killed():
+        break
+    if self._thread.is_alive():
+      for process in self._processes:
         process.kill()
+        process.join(1)
 
   def _run(self, batches):
     with contextlib.closing(batches):
@@ -147,20 +153,37 @@ class _Loaders:
         if read[1]:
           return
 
+  def _watch(self):
+    # Often: one that has ended before is not among the active ones.
+    while not self._closed.wait(_LOOK):
+      self._processes |= {
+        process
+        for process in multiprocessing.active_children()
+        if process.name.startswith("grain-process-prefetch")
+      }
 
-def _killed() -> int:
-  """The signal that has killed a child process whose end nobody has seen yet.
+  def _killed(self) -> int:
+    """The exit code of a loader that has failed, or 0."""
+    codes = [process.exitcode for process in self._processes]
+    if len(codes) < self._count and hasattr(os, "waitid"):
+      # One that is starting is not among the active ones yet.
+      look = os.WEXITED | os.WNOHANG | os.WNOWAIT  # leaves it to be seen
+      with contextlib.suppress(ChildProcessError):
+        found = os.waitid(os.P_ALL, 0, look)
+        if found and found.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+          codes.append(-found.si_status)
+    return next((code for code in codes if code), 0)
 
-  Or 0, also where the system does not tell.
-  """
-  if not hasattr(os, "waitid"):
-    return 0
-  look = os.WEXITED | os.WNOHANG | os.WNOWAIT  # which leaves it to be seen
-  with contextlib.suppress(ChildProcessError):
-    found = os.waitid(os.P_ALL, 0, look)
-    if found and found.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
-      return found.si_status
-  return 0
+
+def _death(code: int) -> OSError:
+  """What is said of a loader process that has ended before its time."""
+  why = f"a loader process has ended with code {code}"
+  if code == -signal.SIGKILL:
+    why += (
+      ", killed, as the system does for want of memory; where that comes back,"
+      " lower data.workers"
+    )
+  return OSError(why)
 
 
 def _start_tracker():

@@ -18,7 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from arflow_jax import branches
+from arflow_jax import branches, paths
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
@@ -163,6 +163,7 @@ def newest_good(
   Raises:
     ConfigError: no checkpoint, or none that can be read.
   """
+  paths.check_bucket("--workdir", workdir)
   with echoes.dropped():
     return _newest_good(workdir, load)
 
@@ -213,7 +214,7 @@ def _patiently(load: Callable[[epath.Path], Any], path: epath.Path) -> Any:
   for pause in PAUSES:
     try:
       return jax.block_until_ready(load(path))
-    except (ConfigError, Damaged):  # a checksum will differ again
+    except ConfigError:
       raise
     except Exception as error:
       if not path.exists():

@@ -168,8 +168,8 @@ class Saver:
     if not (self._failed_once and processes.speaks()):
       return
     folder = listing.folder(self._workdir)
-    for left in folder.glob("*.orbax-checkpoint-tmp*"):
-      with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):  # a bucket raises its own kinds
+      for left in folder.glob("*.orbax-checkpoint-tmp*"):
         left.rmtree()
 
   def _wait(self) -> str:

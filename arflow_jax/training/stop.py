@@ -1,5 +1,6 @@
 """A signal as a request to stop; the loop lets all processes agree on it."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -40,11 +41,12 @@ class Stop:
     while number := os.read(self._heard, 1)[0]:
       if number in self._before and not self._begun:
         # Not by print: the thread that was stopped may hold its lock.
-        os.write(
-          2,
-          b"stopped before the first step: nothing is lost, start the same"
-          b" command again\n",
-        )
+        with contextlib.suppress(OSError):  # the terminal may have gone
+          os.write(
+            2,
+            b"stopped before the first step: nothing is lost, start the same"
+            b" command again\n",
+          )
         os._exit(130 if number == signal.SIGINT else STOPPED)
 
   def __enter__(self):

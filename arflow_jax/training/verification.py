@@ -11,6 +11,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from arflow_jax import config as config_lib
+from arflow_jax import paths
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
 from arflow_jax.training import checksum, echoes, listing, relayout
@@ -25,6 +26,7 @@ def verify(workdir: str) -> bool:
   Raises:
     ConfigError: no run there.
   """
+  paths.check_bucket("--workdir", workdir)
   steps = listing.steps(workdir)
   if not steps:
     raise ConfigError(

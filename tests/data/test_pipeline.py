@@ -4,11 +4,13 @@ import contextlib
 import multiprocessing
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from arflow_jax.data import sequences, sources
+from arflow_jax.data import pipeline, sequences, sources
 from arflow_jax.errors import ConfigError
 from configs.arflow import get_config
 from tests.tiny import batches
@@ -70,19 +72,19 @@ def test_flips_mirror_about_half_of_the_images():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_step_is_the_whole_position(workers):
-  config = _config(**{"steps": 6, "batch_size": 4, "data.workers": workers})
+  config = _config(**{"steps": 12, "batch_size": 4, "data.workers": workers})
   with contextlib.closing(batches(config, 0)) as begun:
     whole = list(begun)
-  assert len(whole) == 6
+  assert len(whole) == 12
   assert whole[0]["images"].shape == (4, 5, 8, 8, 1)
-  with contextlib.closing(batches(config, 4)) as begun:
+  with contextlib.closing(batches(config, 8)) as begun:
     late = [next(begun)]
     # No view of shared memory, which nobody would give back at the end.
     assert {type(array) for array in late[0].values()} == {np.ndarray}
     assert len(multiprocessing.active_children()) == workers
     late += begun
   assert multiprocessing.active_children() == []
-  for a, b in zip(whole[4:], late, strict=True):
+  for a, b in zip(whole[8:], late, strict=True):
     np.testing.assert_array_equal(a["images"], b["images"])
     np.testing.assert_array_equal(a["labels"], b["labels"])
 
@@ -109,6 +111,36 @@ def test_loader_processes_end_with_a_trainer_that_is_killed():
     trainer.kill()
     # Returns when the last process that holds these pipes has ended.
     assert trainer.communicate(timeout=20) == ("", "")
+
+
+def test_a_reader_that_waits_for_a_killed_process_is_left():
+  """And other children of this process are nobody's loaders."""
+  context = multiprocessing.get_context("spawn")
+  names = ("other", "grain-process-prefetch-0", "grain-process-prefetch-1")
+  children = [
+    context.Process(target=time.sleep, args=(60,), name=name, daemon=True)
+    for name in names
+  ]
+  for child in children:
+    child.start()
+  wait = threading.Event()
+
+  def blocked():
+    yield {"images": np.zeros(3)}
+    wait.wait()
+
+  loaders = pipeline._Loaders(blocked(), 2)
+  assert next(loaders)["images"].shape == (3,)
+  children[0].kill()
+  while len(loaders._processes) < 2:
+    time.sleep(0.05)
+  assert loaders._killed() == 0
+  children[2].kill()
+  with pytest.raises(OSError, match=r"code -9, killed, .* lower data.workers"):
+    next(loaders)
+  loaders.close()
+  assert not children[1].is_alive()  # it would wait for ever for a reader
+  wait.set()
 
 
 def test_any_rows_of_the_same_global_batches():
