@@ -168,6 +168,25 @@ def test_an_old_python_is_refused(launch):
   assert "set PYTHON=" in done.stderr
 
 
+def test_every_script_can_be_parsed():
+  scripts = [*(ROOT / "launch").glob("*.s*")]
+  assert len(scripts) >= 4
+  for script in scripts:
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck")
+def test_shellcheck_finds_nothing():
+  done = subprocess.run(
+    ["shellcheck", "-x", "-P", "launch", *(ROOT / "launch").glob("*.s*")],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.stdout == ""
+
+
 def test_help_draws_nothing(launch):
   _, calls = launch("--help")
   assert "arflow_jax.train --help" in calls
