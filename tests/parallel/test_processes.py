@@ -74,6 +74,78 @@ def test_half_a_job_is_refused(monkeypatch, given):
     processes.start()
 
 
+def test_a_number_outside_the_job_is_refused(monkeypatch):
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+  monkeypatch.setenv("JAX_PROCESS_ID", "2")
+  with pytest.raises(ConfigError, match="are numbered from 0 to 1"):
+    processes.start()
+
+
+STEP = {
+  "SLURM_JOB_ID": "7",
+  "SLURM_STEP_NODELIST": "node[1-2]",
+  "SLURM_NTASKS": "4",
+  "SLURM_PROCID": "0",
+  "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+  ("environment", "platforms", "known"),
+  [
+    ({}, None, False),
+    ({}, "cpu", False),
+    ({}, "tpu,cpu", True),  # a TPU VM, which has metadata
+    ({"TPU_SKIP_MDS_QUERY": "1"}, "tpu,cpu", False),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu,cpu", True),  # GKE
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "cpu", False),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, "tpu,cpu", False),
+    ({"TPU_PROCESS_ADDRESSES": "a:1,a:2"}, "tpu,cpu", True),
+    (
+      {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
+      "tpu",
+      True,
+    ),
+    (STEP, None, True),
+    (STEP | {"SLURM_NTASKS": "1"}, None, False),
+    (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, None, False),  # a shell of salloc
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None, False),  # no step
+  ],
+)
+def test_where_jax_finds_the_job(environment, platforms, known):
+  assert processes.known_to_jax(environment, platforms) is known
+
+
+@pytest.mark.parametrize(
+  ("error", "refused"),
+  [
+    (None, False),
+    (ValueError("coordinator_address should be defined."), True),
+    (RuntimeError("initialize() must be called before any computation"), False),
+  ],
+)
+def test_jax_is_asked_for_the_job(monkeypatch, error, refused):
+  asked = []
+
+  def initialize(*args, **settings):
+    asked.append((args, settings))
+    if error:
+      raise error
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  for name, value in STEP.items():
+    monkeypatch.setenv(name, value)
+  if refused:
+    with pytest.raises(
+      ConfigError, match="processes of the job cannot be found"
+    ):
+      processes.start()
+  else:  # also where a device of a single process is in use
+    processes.start()
+  assert asked == [((), {"heartbeat_timeout_seconds": processes.HEARTBEAT})]
+
+
 def test_nothing_else_asks_jax_for_a_process():
   package = pathlib.Path(processes.__file__).parents[1]
   asking = {
