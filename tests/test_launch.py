@@ -15,8 +15,20 @@ case "$*" in
     [ -z "${FAIL_VENV:-}" ] || exit 1
     mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/ruff
     ;;
+  "-c import socket"*) echo 1234 ;;
   "-c "*) [ -z "${OLD:-}" ] || exit 1 ;;
   *arflow_jax.train*)
+    if [ -n "${JAX_PROCESS_ID:-}" ]; then
+      me="process $JAX_PROCESS_ID of $JAX_NUM_PROCESSES"
+      at="at $JAX_COORDINATOR_ADDRESS on ${CUDA_VISIBLE_DEVICES:-}"
+      echo "$me $at" >>"$LOG"
+      echo "hello from $me"
+      if [ -n "${DIES:-}" ] && [ "$DIES" != "$JAX_PROCESS_ID" ]; then
+        trap 'exit 42' TERM
+        for _ in $(seq 100); do sleep 0.1; done
+      fi
+      sleep 0.3  # until the others wait for their signal
+    fi
     if [ -n "${SIGNAL:-}" ]; then
       trap 'exit 42' TERM
       kill -"$SIGNAL" "$PPID"
@@ -151,6 +163,81 @@ def test_a_signal_reaches_the_trainer_and_its_code_comes_back(
   done, calls = launch(TRAIN_CODE="42", SIGNAL=number)
   assert done.returncode == code, done.stderr
   assert "arflow_jax.sample" not in calls
+
+
+def test_several_processes_share_the_gpus(launch, tmp_path):
+  workdir = tmp_path / "run"
+  args = (f"--workdir={workdir}", "--processes=2")
+  done, calls = launch(*args, CUDA_VISIBLE_DEVICES="0,1,2,3")
+  assert done.returncode == 0, done.stderr
+  told = sorted(line for line in calls.splitlines() if line[:7] == "process")
+  assert told == [
+    "process 0 of 2 at localhost:1234 on 0,1",
+    "process 1 of 2 at localhost:1234 on 2,3",
+  ]
+  assert done.stdout.count("hello from process 0") == 1
+  assert "process 1" not in done.stdout
+  assert (
+    workdir / "process_1.log"
+  ).read_text() == "hello from process 1 of 2\n"
+  assert calls.count("arflow_jax.sample") == 1
+
+
+@pytest.mark.parametrize(
+  ("dies", "code", "whole"), [("1", "1", 1), ("0", "3", 3), ("1", "137", 42)]
+)
+def test_if_one_process_dies_the_others_are_stopped(
+  launch, tmp_path, dies, code, whole
+):
+  args = (f"--workdir={tmp_path / 'run'}", "--processes", "3")
+  done, calls = launch(*args, DIES=dies, TRAIN_CODE=code)
+  assert done.returncode == whole, done.stderr
+  assert f"process {dies} ended with {code}; the others are" in done.stderr
+  assert ("hello from process 1 of 3" in done.stderr) == (dies == "1")
+  assert "arflow_jax.sample" not in calls
+
+
+@pytest.mark.parametrize("number", ["0", "two", "-1", "", "3"])
+def test_a_number_of_processes_that_cannot_be_is_refused(launch, number):
+  done, calls = launch(f"--processes={number}", CUDA_VISIBLE_DEVICES="0,1,2,3")
+  assert done.returncode == 2
+  assert f"--processes={number}" in done.stderr
+  assert calls == ""
+
+
+def test_a_dry_run_prints_what_would_run(launch):
+  done, calls = launch("--dry_run", "--workdir=/x y", "--config.steps=3")
+  assert (done.returncode, calls) == (0, "")
+  train, sample = done.stdout.splitlines()
+  assert train == (
+    f".venv/bin/python -m arflow_jax.train"
+    f" --config={ROOT}/configs/arflow.py:digits '--workdir=/x y'"
+    " --config.steps=3"
+  )
+  assert "arflow_jax.sample '--workdir=/x y'" in sample
+  done, _ = launch("--dry_run", "--processes=2", CUDA_VISIBLE_DEVICES="5,7")
+  first, second, _ = done.stdout.splitlines()
+  assert first.startswith(
+    "env JAX_COORDINATOR_ADDRESS=localhost:PORT JAX_NUM_PROCESSES=2"
+    " JAX_PROCESS_ID=0 CUDA_VISIBLE_DEVICES=5 .venv/bin/python -m"
+  )
+  assert "JAX_PROCESS_ID=1 CUDA_VISIBLE_DEVICES=7" in second
+
+
+@pytest.mark.parametrize(
+  ("codes", "whole"),
+  [
+    ("0 0", 0),
+    ("0 42", 42),
+    ("134 42 0", 42),
+    ("134 1 42", 1),
+    ("137 134", 137),
+    ("0 126 2", 126),
+  ],
+)
+def test_the_exit_code_of_a_job(codes, whole):
+  script = f"source {ROOT}/launch/job.sh; verdict {codes}"
+  assert subprocess.check_output(["bash", "-c", script]) == b"%d\n" % whole
 
 
 def test_a_failed_environment_is_made_again(launch):
