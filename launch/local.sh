@@ -6,11 +6,12 @@
 #   bash launch/local.sh --config=configs/arflow.py:digits --workdir=runs/x
 #   bash launch/local.sh --processes=2
 #
-# A relative workdir lies in the folder where the command is typed. The exit code
-# is the trainer's (42: stopped and saved, the same command goes on), or 130
-# after Ctrl-C. With --processes=N the GPUs are shared out among N processes;
-# process 0 prints here, the others into WORKDIR/process_1.log and so on, and if
-# one dies the others are stopped. --dry_run prints the commands and runs none.
+# A relative workdir lies in the folder where the command is typed. The exit
+# code is the trainer's (42: stopped and saved, the same command goes on), or
+# 130 after Ctrl-C. With --processes=N the GPUs are shared out among N
+# processes; process 0 prints here, the others into WORKDIR/process_1.log and so
+# on, and if one dies the others are stopped. --dry_run prints the commands and
+# runs none.
 set -euo pipefail
 typed_in=$PWD
 launch=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -57,8 +58,8 @@ if [ "$processes" -gt 1 ] && [ "${JAX_PLATFORMS:-}" != cpu ]; then
   fi
   IFS=, read -ra gpus <<<"$found"
   if [ $((${#gpus[@]} % processes)) -ne 0 ]; then
-    echo "error: --processes=$processes: ${#gpus[@]} GPUs cannot be shared out" \
-      "evenly" >&2
+    echo "error: --processes=$processes: ${#gpus[@]} GPUs cannot be shared" \
+      "out evenly" >&2
     exit 2
   fi
 fi

@@ -4,6 +4,7 @@
 #
 #   worker.sh install                   makes .venv and fills it
 #   worker.sh run MAIN ARGUMENTS...     that, then becomes the main
+#   worker.sh task FILE MAIN ...        the same; its exit code goes to FILE
 #   worker.sh start MAIN ARGUMENTS...   the same, detached from the terminal
 #   worker.sh follow                    its log until it ends; its exit code
 #   worker.sh code                      code=N, code=running or code=none
@@ -54,6 +55,21 @@ case ${1:-} in
     shift
     # In the shell's place, so that a signal to it reaches the main.
     exec .venv/bin/python -m "arflow_jax.$main" "$@"
+    ;;
+  task)
+    codes=$2
+    shift 2
+    # In the background, so that a signal to this shell is passed on at once.
+    bash launch/worker.sh run "$@" &
+    main=$!
+    trap 'again=1; kill -TERM "$main" 2>/dev/null' TERM
+    again=1
+    while [ -n "$again" ]; do # a trap ends a wait without the main's code
+      again='' code=0
+      wait "$main" || code=$?
+    done
+    echo "$code" >>"$codes"
+    exit "$code"
     ;;
   start)
     if running; then
