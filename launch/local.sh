@@ -85,80 +85,86 @@ logs=$workdir
 case $logs in *://* | '~'*) logs=runs/local ;; esac
 source "$launch/flags.sh" "--workdir=$workdir"
 
-# In the background, so that a signal to this script reaches the trainers, which
-# save before they stop; nothing is drawn then.
-address=localhost:PORT
-if [ "$processes" -gt 1 ] && [ -z "$dry_run" ]; then
-  mkdir -p "$logs"
-  address=localhost:$(.venv/bin/python -c 'import socket
+# The braces: bash reads all of it now, also if this file is changed meanwhile.
+{
+  # In the background, so that a signal to this script reaches the trainers,
+  # which save before they stop; nothing is drawn then.
+  trainers=() codes=() left=0 stopped='' interrupted=''
+  signal() { kill "-$1" ${trainers[@]+"${trainers[@]}"} 2>/dev/null || true; }
+  trap 'stopped=1; signal TERM' TERM
+  trap 'stopped=1 interrupted=1; signal TERM' INT
+
+  address=localhost:PORT
+  if [ "$processes" -gt 1 ] && [ -z "$dry_run" ]; then
+    mkdir -p "$logs"
+    address=localhost:$(.venv/bin/python -c 'import socket
 port = socket.create_server(("", 0))
 print(port.getsockname()[1])')
-fi
-trainers=() codes=() left=0
-for ((i = 0; i < processes; i++)); do
-  settings=()
-  if [ "$processes" -gt 1 ]; then
-    settings=(env "JAX_COORDINATOR_ADDRESS=$address"
-      "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$i")
   fi
-  if [ "${#gpus[@]}" -gt 0 ]; then
-    share=$((${#gpus[@]} / processes))
-    mine=$(IFS=, && echo "${gpus[*]:i * share:share}")
-    settings+=("CUDA_VISIBLE_DEVICES=$mine")
-  fi
-  command=(${settings[@]+"${settings[@]}"} .venv/bin/python -m arflow_jax.train
-    "--config=$config" "--workdir=$workdir" ${rest[@]+"${rest[@]}"})
+  for ((i = 0; i < processes; i++)); do
+    settings=()
+    if [ "$processes" -gt 1 ]; then
+      settings=(env "JAX_COORDINATOR_ADDRESS=$address"
+        "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$i")
+    fi
+    if [ "${#gpus[@]}" -gt 0 ]; then
+      share=$((${#gpus[@]} / processes))
+      mine=$(IFS=, && echo "${gpus[*]:i * share:share}")
+      settings+=("CUDA_VISIBLE_DEVICES=$mine")
+    fi
+    command=(${settings[@]+"${settings[@]}"}
+      .venv/bin/python -m arflow_jax.train "--config=$config"
+      "--workdir=$workdir" ${rest[@]+"${rest[@]}"})
+    if [ -n "$dry_run" ]; then
+      quoted "${command[@]}"
+      continue
+    elif [ "$i" -eq 0 ]; then
+      "${command[@]}" &
+    else
+      "${command[@]}" >"$logs/process_$i.log" 2>&1 &
+    fi
+    trainers[i]=$! codes[i]='' left=$((left + 1))
+  done
+
+  [ -z "$stopped" ] || signal TERM # it came before all had been started
+
+  # Where one ends badly, the others are given some time: after 42 they are
+  # about to end as well, after all else they wait for it in vain.
+  failed='' first=0
+  while [ "$left" -gt 0 ]; do
+    for ((i = 0; i < processes; i++)); do
+      if [ -n "${codes[i]}" ] || kill -0 "${trainers[i]}" 2>/dev/null; then
+        continue
+      fi
+      codes[i]=0 left=$((left - 1))
+      wait "${trainers[i]}" || codes[i]=$?
+      if [ "${codes[i]}" -ne 0 ] && [ -z "$failed" ]; then
+        failed=$SECONDS first=${codes[i]} patience=10
+        if [ "${codes[i]}" -eq 42 ]; then
+          patience=60
+        elif [ "$processes" -gt 1 ]; then
+          echo "process $i ended with ${codes[i]}; the others are stopped" >&2
+          [ "$i" -eq 0 ] || tail -n 3 "$logs/process_$i.log" >&2
+          signal TERM
+        fi
+      fi
+    done
+    if [ -n "$failed" ] && [ $((SECONDS - failed)) -gt "$patience" ]; then
+      signal KILL
+    fi
+    [ "$left" -eq 0 ] || sleep 0.1
+  done
+  code=$(verdict "$first" ${codes[@]+"${codes[@]}"})
+  [ -z "$interrupted" ] || exit 130
+  [ "$code" -eq 0 ] || exit "$code"
+  trap - TERM INT
+
+  command=(.venv/bin/python -m arflow_jax.sample "--workdir=$workdir"
+    --labels=0-9 --per_label=10 "--out=$workdir/samples.png" --overwrite)
   if [ -n "$dry_run" ]; then
     quoted "${command[@]}"
-    continue
-  elif [ "$i" -eq 0 ]; then
-    "${command[@]}" &
   else
-    "${command[@]}" >"$logs/process_$i.log" 2>&1 &
+    "${command[@]}"
   fi
-  trainers[i]=$! codes[i]='' left=$((left + 1))
-done
-
-signal() { kill "-$1" "${trainers[@]}" 2>/dev/null || true; }
-interrupted=''
-trap 'signal TERM' TERM
-trap 'interrupted=1; signal TERM' INT
-
-# Where one ends badly, the others are given some time: after 42 they are about
-# to end as well, after all else they wait for it in vain.
-failed='' first=0
-while [ "$left" -gt 0 ]; do
-  for ((i = 0; i < processes; i++)); do
-    if [ -n "${codes[i]}" ] || kill -0 "${trainers[i]}" 2>/dev/null; then
-      continue
-    fi
-    codes[i]=0 left=$((left - 1))
-    wait "${trainers[i]}" || codes[i]=$?
-    if [ "${codes[i]}" -ne 0 ] && [ -z "$failed" ]; then
-      failed=$SECONDS first=${codes[i]} patience=10
-      if [ "${codes[i]}" -eq 42 ]; then
-        patience=60
-      elif [ "$processes" -gt 1 ]; then
-        echo "process $i ended with ${codes[i]}; the others are stopped" >&2
-        [ "$i" -eq 0 ] || tail -n 3 "$logs/process_$i.log" >&2
-        signal TERM
-      fi
-    fi
-  done
-  if [ -n "$failed" ] && [ $((SECONDS - failed)) -gt "$patience" ]; then
-    signal KILL
-  fi
-  [ "$left" -eq 0 ] || sleep 0.1
-done
-code=$(verdict "$first" ${codes[@]+"${codes[@]}"})
-[ -z "$interrupted" ] || exit 130
-[ "$code" -eq 0 ] || exit "$code"
-trap - TERM INT
-
-command=(.venv/bin/python -m arflow_jax.sample "--workdir=$workdir" --labels=0-9
-  --per_label=10 "--out=$workdir/samples.png" --overwrite)
-if [ -n "$dry_run" ]; then
-  quoted "${command[@]}"
-else
-  "${command[@]}"
-fi
+  exit
+}

@@ -254,56 +254,61 @@ resume() {
   fail 42 "$name: given up; the same command goes on"
 }
 
-trap 'echo "the main goes on; logs shows it, stop ends it" >&2; exit 130' INT
-code=0
-reason="gcloud compute tpus queued-resources describe $name ${where[*]}"
-case $verb in
-  create)
-    ask
-    note
-    await || fail 1 "$name cannot be had; see $reason"
-    ;;
-  run)
-    case $([ -n "$dry_run" ] || codes) in
-      *running*) fail 1 "$name is at work: logs shows it, stop ends it" ;;
-    esac
-    note
-    start
-    follow || code=255
-    ;;
-  logs) follow || code=255 ;;
-  status)
-    if [ -n "$dry_run" ]; then
-      await
-      on all code
-    else
-      state
-      codes
-    fi
-    ;;
-  resume)
-    if [ -n "$dry_run" ]; then
-      await
-      renew
+# The braces: bash reads all of it now, also if this file is changed meanwhile.
+{
+  trap 'echo "the main goes on; logs shows it, stop ends it" >&2; exit 130' INT
+  code=0
+  reason="gcloud compute tpus queued-resources describe $name ${where[*]}"
+  case $verb in
+    create)
+      ask
+      note
+      await || fail 1 "$name cannot be had; see $reason"
+      ;;
+    run)
+      case $([ -n "$dry_run" ] || codes) in
+        *running*) fail 1 "$name is at work: logs shows it, stop ends it" ;;
+      esac
+      note
       start
-      follow
-    else
-      resume
-    fi
-    ;;
-  stop) on all stop ;;
-  delete)
-    if [ -n "$dry_run" ] || [ "$(state)" = READY ]; then
-      on all stop || true
-    fi
-    tpus queued-resources delete "$name" --force --quiet
-    [ -n "$dry_run" ] || rm -f "$notes" "$notes.tgz"
-    ;;
-esac
-case $verb in
-  run | logs)
-    ! resumes "$code" ||
-      echo "ended with $code; to go on: tpu_vm.sh resume $name" >&2
-    ;;
-esac
-exit "$code"
+      follow || code=255
+      ;;
+    logs) follow || code=255 ;;
+    status)
+      if [ -n "$dry_run" ]; then
+        await
+        on all code
+      else
+        now=$(state)
+        echo "$name: $now"
+        [ "$now" != READY ] ||
+          echo "main on each worker: $(codes | paste -s -d ' ' -)"
+      fi
+      ;;
+    resume)
+      if [ -n "$dry_run" ]; then
+        await
+        renew
+        start
+        follow
+      else
+        resume
+      fi
+      ;;
+    stop) on all stop ;;
+    delete)
+      if [ -n "$dry_run" ] || [ "$(state)" = READY ]; then
+        on all stop || true
+      fi
+      tpus queued-resources delete "$name" --force --quiet
+      [ -n "$dry_run" ] || rm -f "$notes" "$notes.tgz"
+      ;;
+  esac
+  case $verb in
+    run | logs)
+      ! resumes "$code" ||
+        echo "ended with $code; to go on: tpu_vm.sh resume $name" >&2
+      ;;
+  esac
+  exit "$code"
+}

@@ -173,6 +173,9 @@ def test_a_main_runs_on_all_workers_and_its_log_is_shown(cloud):
 @pytest.mark.slow
 def test_another_main_installs_nothing_anew(cloud):
   assert _runs(cloud, "0", "0").returncode == 0
+  assert (
+    cloud("status", "pod").stdout == "pod: READY\nmain on each worker: 0 0\n"
+  )
   done = cloud("run", "pod", "sample", "--workdir=gs://bucket/run")
   assert done.returncode == 0, done.stderr
   assert cloud.read("mains").count("arflow_jax.sample") == 2
