@@ -7,9 +7,9 @@
 #   gke.sh logs   NAME --cluster=C     worker 0's log
 #   gke.sh delete NAME --cluster=C [FLAGS]
 #
-# --dry_run prints every command and runs none. Other FLAGS, such as --zone,
-# --project, --num-slices=2 and --spot, go to xpk. GKE starts the workload again
-# after a preemption and after exit code 42, up to --max-restarts=50.
+# --dry_run prints every command and runs none. Other FLAGS, such as --zone=Z,
+# --project=P, --num-slices=2 and --spot, go to xpk. GKE starts the workload
+# again after a preemption and after exit code 42, up to --max-restarts=50.
 # launch/README.md says more.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -40,7 +40,7 @@ while [ $# -gt 0 ]; do
     --tpu-type=*) type=${1#*=} ;;
     --max-restarts=*) restarts=${1#*=} ;;
     --) shift && break ;;
-    --*=* | --spot | --on-demand | --flex) flags+=("$1") ;;
+    --*) flags+=("$1") ;;
     *)
       echo "error: $1: flags look like --name=value, and -- stands before" \
         "the main" >&2

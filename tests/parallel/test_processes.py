@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import signal
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
-from tests.job import two_processes
+from tests.job import started, two_processes
 
 PROGRAM = """
 import jax, numpy as np
@@ -43,6 +44,21 @@ def test_two_processes_with_scattered_rows():
   assert first == ["one voice", f"0 {ours} {ours} {ours} {flags}"]
   theirs, ours = ours, "[2, 3, 6, 7]"
   assert second == [f"1 {ours} {ours} {theirs} {flags}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_other(lost):
+  """Also where it waits for nothing: within 30 s, with an abort."""
+  program = (
+    "import time; from arflow_jax.parallel import processes; processes.start();"
+    " print('ready', flush=True); time.sleep(100)"
+  )
+  with started(program) as both:
+    for process in both:
+      assert process.stdout.readline() == "ready\n"
+    both[lost].kill()
+    assert both[1 - lost].wait(30) == -signal.SIGABRT
 
 
 def test_one_process_is_the_case_of_one():
