@@ -30,7 +30,7 @@ fi
 # The extras asked for now and before, as pip writes them: test,tpu.
 installed=.venv/installed
 extras=$(printf '%s,%s' "${EXTRAS:-}" "$(head -n 1 "$installed" 2>/dev/null)" |
-  tr ',' '\n' | tr -d ' ' | sed '/^$/d' | sort -u | paste -s -d , -)
+  tr ', ' '\n' | sed '/^$/d' | sort -u | paste -s -d , -)
 for extra in ${extras//,/ }; do
   if ! grep -q "^$extra = \[" pyproject.toml; then
     echo "error: EXTRAS=$extra is unknown; choose from tpu and cuda" >&2

@@ -105,11 +105,11 @@ def test_installs_again_when_a_list_changes(launch, repo, name):
 
 
 def test_extras_are_added_and_stay(launch):
-  assert _installed(launch(EXTRAS="tpu")[1]) == [".[tpu]"]
+  assert _installed(launch(EXTRAS="tpu cuda")[1]) == [".[cuda,tpu]"]
   assert _installed(launch()[1]) == []
   done, calls = launch("-k", "one", script="test.sh")
   assert done.returncode == 0, done.stderr
-  assert _installed(calls) == [".[test,tpu]"]
+  assert _installed(calls) == [".[cuda,test,tpu]"]
   assert _installed(launch()[1]) == []
 
 
