@@ -100,12 +100,13 @@ ssh_to() { tpus tpu-vm ssh "$name" "--worker=$1" "--command=$2"; }
 # checkout.
 on() { ssh_to "$1" "$(quoted bash arflow_jax/launch/worker.sh "${@:2}")"; }
 
+ask_codes() {
+  ssh_to all 'bash arflow_jax/launch/worker.sh code || echo code=none'
+}
+
 # The exit code of the main on each worker, or `running`, or `none`; nothing
 # where no worker answers.
-codes() {
-  ssh_to all 'bash arflow_jax/launch/worker.sh code || echo code=none' |
-    sed -n 's/^code=//p' || true
-}
+codes() { ask_codes | sed -n 's/^code=//p' || true; }
 
 describe() {
   local kind=$1 errors
@@ -195,7 +196,7 @@ follow() {
     since=$SECONDS
     on 0 follow || true
     if [ -n "$dry_run" ]; then
-      on all code
+      ask_codes
       return
     fi
     all=$(codes)
@@ -266,6 +267,7 @@ resume() {
       await || fail 1 "$name cannot be had; see $reason"
       ;;
     run)
+      [ -z "$dry_run" ] || ask_codes
       case $([ -n "$dry_run" ] || codes) in
         *running*) fail 1 "$name is at work: logs shows it, stop ends it" ;;
       esac
@@ -277,7 +279,7 @@ resume() {
     status)
       if [ -n "$dry_run" ]; then
         await
-        on all code
+        ask_codes
       else
         now=$(state)
         echo "$name: $now"
@@ -288,7 +290,9 @@ resume() {
     resume)
       if [ -n "$dry_run" ]; then
         await
+        echo "# where it is preempted, stuck or gone:"
         renew
+        echo "# where the main is not at work:"
         start
         follow
       else

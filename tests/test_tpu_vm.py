@@ -198,6 +198,10 @@ def test_a_stopped_main_is_resumed_until_it_has_finished(cloud, code):
 def test_a_preempted_machine_is_made_anew(cloud):
   done = _runs(cloud, "preempt", "preempt", "0")
   assert done.returncode == 255
+  before = cloud.read("calls")
+  done = cloud("resume", "pod", "--dry_run")
+  assert "# where it is preempted, stuck or gone:\ngcloud" in done.stdout
+  assert cloud.read("calls") == before
   done = cloud("resume", "pod")
   assert done.returncode == 0, done.stderr
   assert cloud.calls("delete pod --force") == cloud.calls("create pod") - 1 >= 1
@@ -306,8 +310,8 @@ def test_a_dry_run_prints_commands_and_runs_none(cloud):
     "run", "pod", "--zone=z", "--dry_run", "train", "--workdir=/x/y z"
   )
   assert done.returncode == 0, done.stderr
-  verbs = [line.split()[4:6] for line in done.stdout.splitlines()[1:]]
-  assert verbs == [["scp", "runs/tpu_vm/pod.tgz"], *[["ssh", "pod"]] * 4]
+  verbs = [line.split()[4] for line in done.stdout.splitlines()]
+  assert verbs == ["ssh", "arflow_jax", "scp", "ssh", "ssh", "ssh", "ssh"]
   assert cloud.read("calls") == ""
   assert not (cloud.repo / "runs").exists()
 
