@@ -1,8 +1,9 @@
+# shellcheck shell=bash
 # Sourced by the other launchers: makes .venv, installs this checkout into it
 # (editable) and keeps it in step with requirements.txt and pyproject.toml.
 # PYTHON names the interpreter to make it with. EXTRAS=tpu or EXTRAS=cuda adds
 # an accelerator; extras once installed stay.
-CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit
 
 python_for_venv() {
   local candidate
@@ -29,7 +30,7 @@ fi
 # The extras asked for now and before, as pip writes them: test,tpu.
 installed=.venv/installed
 extras=$(printf '%s,%s' "${EXTRAS:-}" "$(head -n 1 "$installed" 2>/dev/null)" |
-  tr ', ' '\n\n' | sed '/^$/d' | sort -u | paste -s -d , -)
+  tr ', ' '\n' | sed '/^$/d' | sort -u | paste -s -d , -)
 for extra in ${extras//,/ }; do
   if ! grep -q "^$extra = \[" pyproject.toml; then
     echo "error: EXTRAS=$extra is unknown; choose from tpu and cuda" >&2

@@ -14,6 +14,17 @@ def two_processes(program: str, devices: int = 1) -> list[list[str]]:
     program: Python text that each of them runs.
     devices: of each process.
   """
+  with started(program, devices) as both:
+    said = [process.communicate(timeout=120) for process in both]
+  assert [process.returncode for process in both] == [0, 0], said
+  return [
+    [line for line in out.splitlines() if not _of_gloo(line)] for out, _ in said
+  ]
+
+
+@contextlib.contextmanager
+def started(program: str, devices: int = 1):
+  """Two processes of a job at work, which are killed in the end."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
@@ -23,7 +34,7 @@ def two_processes(program: str, devices: int = 1) -> list[list[str]]:
     "JAX_NUM_PROCESSES": "2",
   }
   with contextlib.ExitStack() as stack:
-    started = [
+    both = [
       stack.enter_context(
         subprocess.Popen(
           [sys.executable, "-c", program],
@@ -36,12 +47,12 @@ def two_processes(program: str, devices: int = 1) -> list[list[str]]:
       for i in range(2)
     ]
     try:
-      said = [process.communicate(timeout=120) for process in started]
+      yield both
     finally:  # one that has failed leaves the other waiting
-      for process in started:
+      for process in both:
         process.kill()
-  assert [process.returncode for process in started] == [0, 0], said
-  return [
-    [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-    for out, _ in said
-  ]
+
+
+def _of_gloo(line: str) -> bool:
+  """Its threads may write two lines into one; then a number is left over."""
+  return line.startswith("[Gloo]") or line.isdecimal()

@@ -15,8 +15,20 @@ case "$*" in
     [ -z "${FAIL_VENV:-}" ] || exit 1
     mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/ruff
     ;;
+  "-c import socket"*) echo 1234 ;;
   "-c "*) [ -z "${OLD:-}" ] || exit 1 ;;
   *arflow_jax.train*)
+    if [ -n "${JAX_PROCESS_ID:-}" ]; then
+      me="process $JAX_PROCESS_ID of $JAX_NUM_PROCESSES"
+      at="at $JAX_COORDINATOR_ADDRESS on ${CUDA_VISIBLE_DEVICES:-}"
+      echo "$me $at" >>"$LOG"
+      echo "hello from $me"
+      if [ -n "${DIES:-}" ] && [ "$DIES" != "$JAX_PROCESS_ID" ]; then
+        trap 'exit 42' TERM
+        for _ in $(seq 100); do sleep 0.1; done
+      fi
+      sleep 0.3  # until the others wait for their signal
+    fi
     if [ -n "${SIGNAL:-}" ]; then
       trap 'exit 42' TERM
       kill -"$SIGNAL" "$PPID"
@@ -93,11 +105,11 @@ def test_installs_again_when_a_list_changes(launch, repo, name):
 
 
 def test_extras_are_added_and_stay(launch):
-  assert _installed(launch(EXTRAS="tpu")[1]) == [".[tpu]"]
+  assert _installed(launch(EXTRAS="tpu cuda")[1]) == [".[cuda,tpu]"]
   assert _installed(launch()[1]) == []
   done, calls = launch("-k", "one", script="test.sh")
   assert done.returncode == 0, done.stderr
-  assert _installed(calls) == [".[test,tpu]"]
+  assert _installed(calls) == [".[cuda,test,tpu]"]
   assert _installed(launch()[1]) == []
 
 
@@ -153,6 +165,81 @@ def test_a_signal_reaches_the_trainer_and_its_code_comes_back(
   assert "arflow_jax.sample" not in calls
 
 
+def test_several_processes_share_the_gpus(launch, tmp_path):
+  workdir = tmp_path / "run"
+  args = (f"--workdir={workdir}", "--processes=2")
+  done, calls = launch(*args, CUDA_VISIBLE_DEVICES="0,1,2,3")
+  assert done.returncode == 0, done.stderr
+  told = sorted(line for line in calls.splitlines() if line[:7] == "process")
+  assert told == [
+    "process 0 of 2 at localhost:1234 on 0,1",
+    "process 1 of 2 at localhost:1234 on 2,3",
+  ]
+  assert done.stdout.count("hello from process 0") == 1
+  assert "process 1" not in done.stdout
+  assert (
+    workdir / "process_1.log"
+  ).read_text() == "hello from process 1 of 2\n"
+  assert calls.count("arflow_jax.sample") == 1
+
+
+@pytest.mark.parametrize(
+  ("dies", "code", "whole"), [("1", "1", 1), ("0", "3", 3), ("1", "137", 42)]
+)
+def test_if_one_process_dies_the_others_are_stopped(
+  launch, tmp_path, dies, code, whole
+):
+  args = (f"--workdir={tmp_path / 'run'}", "--processes", "3")
+  done, calls = launch(*args, DIES=dies, TRAIN_CODE=code)
+  assert done.returncode == whole, done.stderr
+  assert f"process {dies} ended with {code}; the others are" in done.stderr
+  assert ("hello from process 1 of 3" in done.stderr) == (dies == "1")
+  assert "arflow_jax.sample" not in calls
+
+
+@pytest.mark.parametrize("number", ["0", "two", "-1", "", "3"])
+def test_a_number_of_processes_that_cannot_be_is_refused(launch, number):
+  done, calls = launch(f"--processes={number}", CUDA_VISIBLE_DEVICES="0,1,2,3")
+  assert done.returncode == 2
+  assert f"--processes={number}" in done.stderr
+  assert calls == ""
+
+
+def test_a_dry_run_prints_what_would_run(launch):
+  done, calls = launch("--dry_run", "--workdir=/x y", "--config.steps=3")
+  assert (done.returncode, calls) == (0, "")
+  train, sample = done.stdout.splitlines()
+  assert train == (
+    f".venv/bin/python -m arflow_jax.train"
+    f" --config={ROOT}/configs/arflow.py:digits '--workdir=/x y'"
+    " --config.steps=3"
+  )
+  assert "arflow_jax.sample '--workdir=/x y'" in sample
+  done, _ = launch("--dry_run", "--processes=2", CUDA_VISIBLE_DEVICES="5,7")
+  first, second, _ = done.stdout.splitlines()
+  assert first.startswith(
+    "env JAX_COORDINATOR_ADDRESS=localhost:PORT JAX_NUM_PROCESSES=2"
+    " JAX_PROCESS_ID=0 CUDA_VISIBLE_DEVICES=5 .venv/bin/python -m"
+  )
+  assert "JAX_PROCESS_ID=1 CUDA_VISIBLE_DEVICES=7" in second
+
+
+@pytest.mark.parametrize(
+  ("codes", "whole"),
+  [
+    ("0 0", 0),
+    ("0 42", 42),
+    ("134 42 0", 42),
+    ("134 1 42", 1),
+    ("137 134", 137),
+    ("0 126 2", 126),
+  ],
+)
+def test_the_exit_code_of_a_job(codes, whole):
+  script = f"source {ROOT}/launch/job.sh; verdict {codes}"
+  assert subprocess.check_output(["bash", "-c", script]) == b"%d\n" % whole
+
+
 def test_a_failed_environment_is_made_again(launch):
   done, _ = launch(FAIL_VENV="1")
   assert done.returncode == 1
@@ -166,6 +253,25 @@ def test_an_old_python_is_refused(launch):
   done, _ = launch(OLD="1")
   assert done.returncode != 0
   assert "set PYTHON=" in done.stderr
+
+
+def test_every_script_can_be_parsed():
+  scripts = [*(ROOT / "launch").glob("*.s*")]
+  assert len(scripts) >= 4
+  for script in scripts:
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck")
+def test_shellcheck_finds_nothing():
+  done = subprocess.run(
+    ["shellcheck", "-x", "-P", "launch", *(ROOT / "launch").glob("*.s*")],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.stdout == ""
 
 
 def test_help_draws_nothing(launch):

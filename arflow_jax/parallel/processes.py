@@ -5,6 +5,7 @@ asks JAX for a process index or a process count.
 """
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,31 +16,92 @@ from jaxtyping import Int
 
 from arflow_jax import console
 from arflow_jax.errors import ConfigError
+from arflow_jax.parallel import rendezvous
+
+# Seconds without a sign of life after which a process counts as lost; JAX then
+# ends the others, whatever they wait for. By itself JAX waits for 100 s.
+HEARTBEAT = 20
+_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_SLURM = (
+  "SLURM_JOB_ID",
+  "SLURM_STEP_NODELIST",
+  "SLURM_NTASKS",
+  "SLURM_PROCID",
+  "SLURM_LOCALID",
+)
 
 
 def start() -> None:
-  """Joins the other processes of the job, if the environment names any.
+  """Joins the other processes of the job, if there are any.
 
-  `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` number them, and they meet at
-  `JAX_COORDINATOR_ADDRESS`. Call it before anything uses a device.
+  They are found by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+  `JAX_PROCESS_ID` where these are set, and otherwise by JAX itself: on TPU VMs,
+  in GKE, and in steps of SLURM. Call it before anything uses a device.
 
   Raises:
-    ConfigError: several processes, but not all three variables.
+    ConfigError: the variables do not name a job, or not all processes come.
   """
-  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-  given = {name: os.environ.get(name) for name in names}
-  if given["JAX_NUM_PROCESSES"] == "1" or not any(given.values()):
-    return
   if jax.distributed.is_initialized():
     return
-  address, count, index = given.values()
-  if not (address and (count or "").isdecimal() and (index or "").isdecimal()):
+  given = {name: os.environ.get(name) for name in _EXPLICIT}
+  if any(given.values()):
+    if given["JAX_NUM_PROCESSES"] != "1":
+      _join(given)
+  elif known_to_jax(os.environ, jax.config.jax_platforms):
+    try:
+      jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+    except (OSError, RuntimeError, ValueError) as error:
+      used = "must be called before" in str(error)  # a device, by the caller
+      if not (used and jax.process_count() == 1):
+        raise ConfigError(
+          f"the other processes of the job cannot be found: {error}; set"
+          f" {', '.join(_EXPLICIT)} in each, JAX_NUM_PROCESSES=1 if it is alone"
+        ) from error
+
+
+def known_to_jax(environment: Mapping[str, str], platforms: str | None) -> bool:
+  """Whether JAX can find out by itself which processes make up the job.
+
+  Args:
+    environment: the variables of this process.
+    platforms: JAX's setting; it begins with `tpu` where JAX has found a TPU.
+  """
+  if all(name in environment for name in _SLURM):
+    # A shell that was asked of SLURM counts its job's tasks, but is a single
+    # step.
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment["SLURM_NTASKS"])
+    return tasks != "1"
+  if not (platforms or "").startswith("tpu"):
+    return False
+  for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):  # GKE
+    if name in environment:
+      slices = environment.get("MEGASCALE_NUM_SLICES") or "1"
+      return "," in environment[name] or slices != "1"
+  # JAX asks the machine's metadata unless it has been told that there are none.
+  return "TPU_SKIP_MDS_QUERY" not in environment
+
+
+def _join(given: dict[str, str | None]) -> None:
+  """Meets the others where the environment says, and then lets JAX do so."""
+  address, count, number = given.values()
+  host, _, port = (address or "").rpartition(":")
+  numbers = (port, count or "", number or "")
+  if not (host and all(text.isdecimal() for text in numbers)):
     raise ConfigError(
       ", ".join(f"{name}={value}" for name, value in given.items())
       + " do not name a job; set all three, the first one to HOST:PORT of"
       " process 0, or none"
     )
-  jax.distributed.initialize(address, int(count), int(index))
+  count, number = int(count), int(number)
+  if not number < count:
+    raise ConfigError(
+      f"JAX_PROCESS_ID={number}: JAX_NUM_PROCESSES={count} processes are"
+      f" numbered from 0 to {count - 1}"
+    )
+  rendezvous.meet(address, count, number)
+  jax.distributed.initialize(
+    address, count, number, heartbeat_timeout_seconds=HEARTBEAT
+  )
 
 
 def speaks() -> bool:

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import signal
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
-from tests.job import two_processes
+from tests.job import started, two_processes
 
 PROGRAM = """
 import jax, numpy as np
@@ -45,6 +46,21 @@ def test_two_processes_with_scattered_rows():
   assert second == [f"1 {ours} {ours} {theirs} {flags}"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_other(lost):
+  """Also where it waits for nothing: within 30 s, with an abort."""
+  program = (
+    "import time; from arflow_jax.parallel import processes; processes.start();"
+    " print('ready', flush=True); time.sleep(100)"
+  )
+  with started(program) as both:
+    for process in both:
+      assert process.stdout.readline() == "ready\n"
+    both[lost].kill()
+    assert both[1 - lost].wait(30) == -signal.SIGABRT
+
+
 def test_one_process_is_the_case_of_one():
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   processes.start()
@@ -72,6 +88,78 @@ def test_half_a_job_is_refused(monkeypatch, given):
     monkeypatch.setenv(name, value)
   with pytest.raises(ConfigError, match="do not name a job; set all three"):
     processes.start()
+
+
+def test_a_number_outside_the_job_is_refused(monkeypatch):
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+  monkeypatch.setenv("JAX_PROCESS_ID", "2")
+  with pytest.raises(ConfigError, match="are numbered from 0 to 1"):
+    processes.start()
+
+
+STEP = {
+  "SLURM_JOB_ID": "7",
+  "SLURM_STEP_NODELIST": "node[1-2]",
+  "SLURM_NTASKS": "4",
+  "SLURM_PROCID": "0",
+  "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+  ("environment", "platforms", "known"),
+  [
+    ({}, None, False),
+    ({}, "cpu", False),
+    ({}, "tpu,cpu", True),  # a TPU VM, which has metadata
+    ({"TPU_SKIP_MDS_QUERY": "1"}, "tpu,cpu", False),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu,cpu", True),  # GKE
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "cpu", False),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, "tpu,cpu", False),
+    ({"TPU_PROCESS_ADDRESSES": "a:1,a:2"}, "tpu,cpu", True),
+    (
+      {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
+      "tpu",
+      True,
+    ),
+    (STEP, None, True),
+    (STEP | {"SLURM_NTASKS": "1"}, None, False),
+    (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, None, False),  # a shell of salloc
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None, False),  # no step
+  ],
+)
+def test_where_jax_finds_the_job(environment, platforms, known):
+  assert processes.known_to_jax(environment, platforms) is known
+
+
+@pytest.mark.parametrize(
+  ("error", "refused"),
+  [
+    (None, False),
+    (ValueError("coordinator_address should be defined."), True),
+    (RuntimeError("initialize() must be called before any computation"), False),
+  ],
+)
+def test_jax_is_asked_for_the_job(monkeypatch, error, refused):
+  asked = []
+
+  def initialize(*args, **settings):
+    asked.append((args, settings))
+    if error:
+      raise error
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  for name, value in STEP.items():
+    monkeypatch.setenv(name, value)
+  if refused:
+    with pytest.raises(
+      ConfigError, match="processes of the job cannot be found"
+    ):
+      processes.start()
+  else:  # also where a device of a single process is in use
+    processes.start()
+  assert asked == [((), {"heartbeat_timeout_seconds": processes.HEARTBEAT})]
 
 
 def test_nothing_else_asks_jax_for_a_process():
