@@ -91,7 +91,7 @@ source "$launch/flags.sh" "--workdir=$workdir"
   # which save before they stop; nothing is drawn then.
   trainers=() codes=() left=0 stopped='' interrupted=''
   signal() { kill "-$1" ${trainers[@]+"${trainers[@]}"} 2>/dev/null || true; }
-  trap 'stopped=1; signal TERM' TERM
+  trap 'stopped=1; signal TERM' TERM HUP
   trap 'stopped=1 interrupted=1; signal TERM' INT
 
   address=localhost:PORT
@@ -157,7 +157,7 @@ print(port.getsockname()[1])')
   code=$(verdict "$first" ${codes[@]+"${codes[@]}"})
   [ -z "$interrupted" ] || exit 130
   [ "$code" -eq 0 ] || exit "$code"
-  trap - TERM INT
+  trap - TERM INT HUP
 
   command=(.venv/bin/python -m arflow_jax.sample "--workdir=$workdir"
     --labels=0-9 --per_label=10 "--out=$workdir/samples.png" --overwrite)

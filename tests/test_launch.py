@@ -155,7 +155,9 @@ def test_nothing_is_drawn_unless_training_is_finished(launch, code):
   assert "arflow_jax.sample" not in calls
 
 
-@pytest.mark.parametrize(("number", "code"), [("TERM", 42), ("INT", 130)])
+@pytest.mark.parametrize(
+  ("number", "code"), [("TERM", 42), ("INT", 130), ("HUP", 42)]
+)
 def test_a_signal_reaches_the_trainer_and_its_code_comes_back(
   launch, number, code
 ):
