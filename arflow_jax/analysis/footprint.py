@@ -19,13 +19,13 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from ml_collections import ConfigDict
 
 from arflow_jax import branches
+from arflow_jax.nn.stack import REMAT
 from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.training import memory, optimizer, state
 
 _WORKING = 0.45  # of what a layer keeps without remat, while it is recomputed
 _FUSED = 0.97  # of what is traced without remat, XLA keeps
 _GATHERED = 3  # layers of whole weights: this one, the next one, a gradient
-_REMAT = ("none", "dots", "full")
 
 
 def mesh(config: ConfigDict, devices: int) -> AbstractMesh:
@@ -55,8 +55,8 @@ def divide(
   Raises:
     ConfigError: a mesh or a batch that does not divide.
   """
-  branch, where = branches.build(config), mesh(config, devices)
-  weights = jax.eval_shape(branch.init, jax.random.key(0))
+  where = mesh(config, devices)
+  branch, weights = _built(_shape(config), config.model.remat)
   shards = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
     mesh_lib.abstract_params(branch.axes, weights, where),
@@ -91,8 +91,7 @@ def state_bytes(abstract: state.TrainState) -> dict[str, int]:
 
 def checkpoint(config: ConfigDict) -> int:
   """Bytes of parameters, optimiser and average in all, uncompressed."""
-  branch = branches.build(config)
-  weights = jax.eval_shape(branch.init, jax.random.key(0))
+  branch, weights = _built(_shape(config), config.model.remat)
   return sum(_state(config, branch, weights).values())
 
 
@@ -113,10 +112,11 @@ def options(config: ConfigDict, devices: int) -> dict[str, list]:
   All but the batch leave what is computed as it is, but for rounding.
   """
   items, parts = config.batch_size // devices, config.optimizer.accumulation
-  fsdp, remat = config.mesh.fsdp, config.model.remat
+  policies = list(REMAT)  # in the order of what they take
+  fsdp, policy = config.mesh.fsdp, config.model.remat
   powers = [fsdp * 2**i for i in range(1, devices.bit_length())]
   return {
-    "model.remat": list(_REMAT[_REMAT.index(remat) + 1 :]),
+    "model.remat": policies[policies.index(policy) + 1 :],
     "mesh.fsdp": [size for size in powers if size <= devices],
     "optimizer.accumulation": [n for n in _divisors(items) if n > parts],
     "batch_size": [n * devices for n in _divisors(items)[-2::-1]],
@@ -155,12 +155,18 @@ def _shape(config: ConfigDict) -> str:
 
 
 @functools.lru_cache
-def _kept(shape: str, tpu: bool, remat: str) -> int:
-  """Bytes that one item more keeps for the backward pass."""
+def _built(shape: str, remat: str) -> tuple[branches.Branch, Any]:
+  """The model of what `_shape` made, and the shapes of its weights."""
   config = ConfigDict(json.loads(shape))
   config.model.remat = remat
   branch = branches.build(config)
-  params = jax.eval_shape(branch.init, jax.random.key(0))
+  return branch, jax.eval_shape(branch.init, jax.random.key(0))
+
+
+@functools.lru_cache
+def _kept(shape: str, tpu: bool, remat: str) -> int:
+  """Bytes that one item more keeps for the backward pass."""
+  branch, weights = _built(shape, remat)
   device = AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
   one = AbstractMesh((1,), ("data",), abstract_device=device if tpu else None)
 
@@ -170,6 +176,6 @@ def _kept(shape: str, tpu: bool, remat: str) -> int:
       "labels": jax.ShapeDtypeStruct((items,), jnp.int32),
     }
     with jax.sharding.use_abstract_mesh(one):
-      return memory.kept(branch, params, batch, 1)
+      return memory.kept(branch, weights, batch, 1)
 
   return of(2) - of(1)
