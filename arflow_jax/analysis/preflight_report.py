@@ -120,8 +120,8 @@ def _advice(found: dict[str, Any]) -> list[str]:
     lines += _remedy(found)
   if found["topology"].startswith("gpu:"):
     lines += [
-      "Limits: nothing was compiled. The formula may be 15% off, so it must"
-      " leave 15% free.",
+      "Limits: nothing was compiled. The formula may be wrong by 15% and more;"
+      " it leaves 15% free.",
       "JAX takes 75% of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.",
     ]
   elif smallest := found["smallest"]:
