@@ -8,11 +8,7 @@ second needs no TPU but libtpu: what its compiler says of each implementation,
 and of the whole ARFlow-XL/2 train step with each.
 """
 
-import functools
-import shutil
-import tempfile
-
-from arflow_jax import cli, console, signals
+from arflow_jax import cli, console
 from arflow_jax.errors import ConfigError
 
 _LARGEST = 65_536  # of any number of tokens, images or items
@@ -77,10 +73,7 @@ def main(args: cli.Args) -> None:
   if args.topology:
     from arflow_jax.analysis import tpu
 
-    with tempfile.TemporaryDirectory() as dump:
-      clean = functools.partial(shutil.rmtree, dump, ignore_errors=True)
-      signals.cleaners.append(clean)
-      tpu.prepare(dump)  # before anything uses JAX
+    with tpu.schedules() as dump:  # before anything uses JAX
       _report(args, dump)
   else:
     _report(args, None)

@@ -10,12 +10,14 @@ from arflow_jax import (
   bench_attention,
   cli,
   evaluate,
+  preflight,
   sample,
   train,
   verify,
 )
 from arflow_jax import config as config_lib
 from arflow_jax.analysis import attention_bench, benchmark
+from arflow_jax.analysis import preflight as examination
 from arflow_jax.metrics import pixels
 from arflow_jax.sampling import images, run
 from arflow_jax.training import program, verification
@@ -29,6 +31,7 @@ COMMANDS = {
   evaluate: [f"--workdir={TINY_RUN}"],
   bench: [CONFIG],
   bench_attention: [],
+  preflight: [CONFIG, "--topology=gpu:80GB"],
   verify: [f"--workdir={TINY_RUN}"],
 }
 # By the type of a flag, as absl calls it.
@@ -62,6 +65,7 @@ ALLOWED = {
   (bench, "out"): {"": "nothing is kept"},
   (bench, "compare"): {"": "nothing is compared"},
   (bench_attention, "out"): {"": "nothing is kept"},
+  (preflight, "out"): {"": "nothing is kept"},
   (bench_attention, "implementations"): {"": "all that can run here"},
 }
 
@@ -83,6 +87,7 @@ def _no_work(monkeypatch, tmp_path):
   monkeypatch.setattr(pixels, "Recogniser", reached)
   monkeypatch.setattr(benchmark, "_train_speed", reached)
   monkeypatch.setattr(attention_bench, "_product_rate", reached)
+  monkeypatch.setattr(examination, "examine", reached)
   monkeypatch.setattr(verification, "damage", reached)
   monkeypatch.setattr(run, "restore", functools.cache(run.restore))
 

@@ -12,6 +12,7 @@ from arflow_jax import (
   bench_attention,
   cli,
   evaluate,
+  preflight,
   sample,
   train,
   verify,
@@ -21,7 +22,7 @@ from arflow_jax.training import loop
 from tests import test_flags, test_signals
 from tests.tiny import flags
 
-MAINS = [train, sample, evaluate, bench, bench_attention, verify]
+MAINS = [train, sample, evaluate, bench, bench_attention, preflight, verify]
 CONFIG = "--config=configs/arflow.py:digits"
 ROOT = pathlib.Path(__file__).parents[1]
 TINY_RUN = str(ROOT / "tests" / "sampling" / "tiny_run")
@@ -86,6 +87,7 @@ for main in ({names}):
   own = cli.Flags()
   main.define(own)
   given = ["--config=configs/flowar.py:digits", "--workdir=x", "--out=x"]
+  given.append("--topology=v5e")
   assert own.parse([f for f in given if f.split("=")[0] in own.help()])
 heavy = {{"jax", "flax", "tensorflow", "sklearn", "orbax", "grain"}}
 print("imported", heavy & set(sys.modules))
@@ -181,6 +183,31 @@ ERRORS = [
     bench_attention,
     ["--step_batch=100"],
     "--step_batch=100 is not a multiple of 256",
+  ),
+  *(
+    (preflight, [CONFIG, f"--topology={name}"], f"--topology={name}{wrong}")
+    for name, wrong in {
+      "v5e:3x3": ": v5e has the slices 2x2, 2x4, 4x4,",
+      "v5:2x2": " is unknown; did you mean v5",
+      "v5p:": ": v5p has the slices 2x2x1,",
+      "gpu:80": ": give the memory of one GPU, such as gpu:80GB",
+      "gpu:0GB": ": give the memory of one GPU",
+    }.items()
+  ),
+  (
+    preflight,
+    [CONFIG, "--topology=gpu:80GB", "--config.mesh.fsdp=2"],
+    "mesh.fsdp=2 does not make 1 devices",
+  ),
+  (
+    preflight,
+    [CONFIG, "--topology=gpu:80GB", "--config.optimizer.accumulation=5"],
+    "optimizer.accumulation=5 does not divide batch_size=12",
+  ),
+  (
+    preflight,
+    [CONFIG, "--topology=gpu:80GB", "--out=fits.txt"],
+    "--out=fits.txt must end in .json",
   ),
   (train, [CONFIG, "--workdir=README.md"], "README.md is a file; move it away"),
   (

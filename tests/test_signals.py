@@ -23,6 +23,10 @@ COMMANDS = {
   "evaluate": [f"--workdir={TINY_RUN}"],
   "bench": [CONFIG],
   "bench_attention": [],
+  "preflight": [
+    "--config=configs/flowar.py:imagenet256-h",
+    "--topology=gpu:80GB",
+  ],
   "verify": [f"--workdir={TINY_RUN}"],
 }
 

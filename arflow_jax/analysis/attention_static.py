@@ -113,7 +113,7 @@ def steps(
     config.model.update(dtype="bfloat16", remat="full", attention=name)
     program = program_lib.build(config, tpu.devices(PODS[chip]))
     begin = time.monotonic()
-    compiled, bundles = _compile_step(program, dump)
+    compiled, bundles = compile_step(program, dump)
     cycles, runs = tpu.estimated_cycles(compiled)
     own = sum(runs[kernel] * bundles[kernel] for kernel in runs)
     total = cycles + own
@@ -136,7 +136,7 @@ def steps(
   return {"machine": machine, "rows": rows}
 
 
-def _compile_step(
+def compile_step(
   program: program_lib.Program, dump: str | os.PathLike
 ) -> tuple[Any, dict]:
   """The compiled step, and bundles of a whole call of each of its kernels."""

@@ -127,8 +127,6 @@ def _step_speed(program: Program, items: ClassSequences, repeats: int) -> Speed:
       "labels": (program.rows % branch.num_classes).astype(np.int32),
     }
   )
-  keys = state.item_keys(0, jnp.int32(0), config.batch_size)
-  forward = flops.count(branch.loss, current.params, batch, keys)
   compiled, compile_time = _compile(program.step, current, batch)
 
   def advance():
@@ -143,7 +141,7 @@ def _step_speed(program: Program, items: ClassSequences, repeats: int) -> Speed:
     compile_time,
     times,
     images,
-    3 * forward,
+    flops.train_step(config),
     rates,
     planned_memory(compiled),
     wait,

@@ -9,6 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from arflow_jax import branches
+from arflow_jax.training import state
 
 
 def count(function: Callable[..., Any], *args: Any) -> int:
@@ -19,6 +24,22 @@ def count(function: Callable[..., Any], *args: Any) -> int:
       whose branches cost differently, or a Pallas kernel that declares nothing.
   """
   return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def train_step(config: ConfigDict) -> int:
+  """Model FLOPs of a train step: 3x the forward pass of the loss.
+
+  What remat computes twice counts once.
+  """
+  branch = branches.build(config)
+  rows = config.batch_size
+  params = jax.eval_shape(branch.init, jax.random.key(0))
+  keys = jax.eval_shape(lambda: state.item_keys(0, jnp.int32(0), rows))
+  batch = {
+    "images": jax.ShapeDtypeStruct((rows, *branch.item_shape), jnp.float32),
+    "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
+  }
+  return 3 * count(branch.loss, params, batch, keys)
 
 
 def _jaxpr(jaxpr) -> int:

@@ -6,7 +6,9 @@ compiler's own model of XLA's fusions. Compare with them; they are no speed.
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -14,6 +16,8 @@ import math
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +27,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from arflow_jax import signals
 from arflow_jax.errors import ConfigError
 
 # One chip of each generation. A v5p host has four.
@@ -58,6 +63,16 @@ def prepare(dump: str | os.PathLike) -> None:
     " --xla_jf_dump_llo_text=true"
     " --xla_jf_dump_llo_pass_label_regex=.*final.*"
   )
+
+
+@contextlib.contextmanager
+def schedules() -> Iterator[str]:
+  """A folder for the compiler's schedules, `prepare`d, removed at the end."""
+  with tempfile.TemporaryDirectory() as dump:
+    clean = functools.partial(shutil.rmtree, dump, ignore_errors=True)
+    signals.cleaners.append(clean)
+    prepare(dump)
+    yield dump
 
 
 def version() -> str:
@@ -167,9 +182,27 @@ def estimated_cycles(compiled: Any) -> tuple[int, dict[str, int]]:
     The sum of what XLA estimates for its own instructions, and how often each
     Pallas kernel runs, for which it estimates nothing.
   """
-  bodies, entry = _computations(compiled.as_text())
-  total = _cycles(bodies, entry)
-  return total.pop("", 0), dict(total)
+  total, runs = 0, collections.Counter()
+  for times, _, line in instructions(compiled.as_text()):
+    for cycles in re.findall(r'"estimated_cycles":"(\d+)"', line):
+      total += times * int(cycles)
+    if "tpu_custom_call" in line:
+      name = re.match(r"\s*(?:ROOT )?%([\w.\-]+) =", line)[1]
+      runs[name] += times
+  return total, dict(runs)
+
+
+def instructions(
+  text: str, *, fusions: bool = False
+) -> Iterator[tuple[int, str, str]]:
+  """How often, in which computation, and what: lines of a compiled program.
+
+  Args:
+    text: of the program.
+    fusions: also those inside fusions, once for every fusion that calls them.
+  """
+  bodies, entry = _computations(text)
+  yield from _walk(bodies, entry, 1, fusions)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -186,26 +219,22 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return bodies, entry
 
 
-def _cycles(bodies: dict[str, list[str]], name: str) -> collections.Counter:
-  """Cycles under the empty name, runs of kernels under theirs."""
-  total: collections.Counter = collections.Counter()
+def _walk(bodies, name, times, fusions) -> Iterator[tuple[int, str, str]]:
   for line in bodies[name]:
-    total[""] += sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', line)))
-    if "tpu_custom_call" in line:
-      total[re.match(r"\s*(?:ROOT )?%([\w.\-]+) =", line)[1]] += 1
-    for times, inner in _inner(bodies, line):
-      for key, value in _cycles(bodies, inner).items():
-        total[key] += times * value
-  return total
+    yield times, name, line
+    for often, inner in _inner(bodies, line, fusions):
+      yield from _walk(bodies, inner, times * often, fusions)
 
 
-def _inner(bodies, line) -> Iterator[tuple[int, str]]:
+def _inner(bodies, line, fusions) -> Iterator[tuple[int, str]]:
   """Computations that an instruction runs, and how often."""
   loop = re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line)
   if loop:
     limits = re.findall(r"constant\((\d+)\)", "\n".join(bodies[loop[1]]))
     yield max(map(int, limits)), loop[2]
   call = re.search(r" call\(.*to_apply=%([\w.\-]+)", line)
+  if not call and fusions:
+    call = re.search(r" calls=%([\w.\-]+)", line)
   if call:
     yield 1, call[1]
 

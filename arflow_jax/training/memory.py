@@ -42,7 +42,7 @@ def check(
   if there is None:
     return
   params = abstract_state.params
-  fixed = _bytes(abstract_state) + _bytes(params)  # and the gradients
+  fixed = size(abstract_state) + size(params)  # and the gradients
   if fixed > there:
     sizes = ", ".join(
       f"model.{key}={value}"
@@ -54,11 +54,11 @@ def check(
       f" {_readable(fixed)} on each device, which has {_readable(there)}: lower"
       f" one of {sizes}, or raise mesh.fsdp={config.mesh.fsdp}"
     )
-  needed = _bytes(abstract_batch)
+  needed = size(abstract_batch)
   if fixed + needed * _LARGEST_RATIO <= there:
     return
   parts = mesh.size * config.optimizer.accumulation
-  needed += _kept(branch, params, abstract_batch, parts) // 2
+  needed += kept(branch, params, abstract_batch, parts) // 2
   if fixed + needed > there:
     raise ConfigError(
       f"batch_size={config.batch_size} takes at least {_readable(needed)} on"
@@ -69,7 +69,7 @@ def check(
     )
 
 
-def _kept(
+def kept(
   branch: Branch,
   params: Any,
   batch: dict[str, jax.ShapeDtypeStruct],
@@ -88,10 +88,10 @@ def _kept(
     return jax.vjp(mean, params)[1]
 
   whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-  return _bytes(jax.eval_shape(forward, whole, part)) - _bytes(whole)
+  return size(jax.eval_shape(forward, whole, part)) - size(whole)
 
 
-def _bytes(tree: Any) -> int:
+def size(tree: Any) -> int:
   """Bytes of all leaves, of their shards where they are split."""
   total = 0
   for leaf in jax.tree.leaves(tree):

@@ -1,0 +1,47 @@
+"""Names of slices: what they hold, and what is refused."""
+
+import pytest
+
+from arflow_jax.analysis import chips
+from arflow_jax.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+  ("name", "count", "devices", "gib"),
+  [
+    ("v5e:16x16", 256, 256, 15.75),
+    ("v6e:2x4", 8, 8, 31.25),
+    ("v5p:4x4x8", 128, 128, 95.74),
+    ("tpu7x:4x4x4", 64, 128, 94.75),  # two devices a chip
+  ],
+)
+def test_a_slice_of_tpus(name, count, devices, gib):
+  place = chips.parse(name)
+  assert (place.chips, place.devices) == (count, devices)
+  assert place.hbm == pytest.approx(gib * 2**30)
+
+
+def test_a_gpu_is_known_by_its_memory():
+  place = chips.parse("gpu:24GB")
+  assert place == chips.Slice("gpu:24GB", 1, 1, 24 * 10**9)
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["", "v5e", "v5e:", "v5e:32x32", "v5p:2x2", "v4:2x2x1", "gpu:", "gpu:-1GB"],
+)
+def test_what_cannot_be_rented_is_refused(name):
+  with pytest.raises(ConfigError, match=f"--topology={name}"):
+    chips.parse(name)
+
+
+def test_slices_come_smallest_first():
+  for generation in chips.TPUS:
+    counts = [place.chips for place in chips.slices(generation)]
+    assert counts == sorted(set(counts))
+
+
+def test_clocks_follow_from_peaks():
+  clocks = {name: chip.clock / 1e9 for name, chip in chips.TPUS.items()}
+  expected = {"v5e": 1.5, "v6e": 1.75, "v5p": 1.75, "tpu7x": 2.2}
+  assert clocks == pytest.approx(expected, rel=0.01)
