@@ -57,8 +57,9 @@ def check(
   needed = _bytes(abstract_batch)
   if fixed + needed * _LARGEST_RATIO <= there:
     return
-  parts = mesh.size * config.optimizer.accumulation
-  needed += _kept(branch, params, abstract_batch, parts) // 2
+  parts = mesh_lib.batch_shards(mesh) * config.optimizer.accumulation
+  kept = _kept(branch, params, abstract_batch, parts)
+  needed += kept // (2 * mesh.shape["tensor"])
   if fixed + needed > there:
     raise ConfigError(
       f"batch_size={config.batch_size} takes at least {_readable(needed)} on"

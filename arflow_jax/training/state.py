@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
@@ -33,14 +33,16 @@ class TrainState:
   opt_state: Any
 
 
-def abstract_params(branch: Branch, mesh: Mesh) -> Any:
+def abstract_params(branch: Branch, mesh: Mesh | AbstractMesh) -> Any:
   """Shapes, types and shardings of the weights; allocates nothing."""
   shapes = jax.eval_shape(branch.init, jax.random.key(0))
   return mesh_lib.abstract_params(branch.axes, shapes, mesh)
 
 
 def abstract_state(
-  branch: Branch, tx: optax.GradientTransformation, mesh: Mesh
+  branch: Branch,
+  tx: optax.GradientTransformation,
+  mesh: Mesh | AbstractMesh,
 ) -> TrainState:
   """Shapes, types and shardings of the whole train state; allocates nothing."""
   params = abstract_params(branch, mesh)
@@ -109,12 +111,22 @@ def average(ema: Any, params: Any, decay: float) -> Any:
 
 
 def make_train_step(
-  branch: Branch, tx: optax.GradientTransformation, config: ConfigDict
+  branch: Branch,
+  tx: optax.GradientTransformation,
+  config: ConfigDict,
+  abstract: TrainState,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Builds `step(state, batch) -> (state, metrics)`, jitted; donates `state`.
 
   Metrics are scalars: `loss`, `grad_norm` before clipping, and `param_norm`
   after the update.
+
+  Args:
+    branch: gives the loss.
+    tx: the optimiser.
+    config: the full config.
+    abstract: what `abstract_state` returned; the state that comes out has just
+      its shardings, whatever the compiler would choose.
   """
   parts, decay = config.optimizer.accumulation, config.ema.decay
 
@@ -153,4 +165,6 @@ def make_train_step(
     }
     return state, metrics
 
-  return jax.jit(step, donate_argnums=0)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  whole = abstract.step.sharding  # of metrics too
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
