@@ -4,8 +4,10 @@ The parameters of a stack have a leading layer axis. What the backward pass of a
 layer recomputes is chosen by the name in the config (`model.remat`).
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +24,28 @@ REMAT = {
   # Each layer from its input.
   "full": jax.checkpoint,
 }
+
+Through = Callable[[tuple[str | None, ...], jax.Array], jax.Array]
+
+_through: contextvars.ContextVar[Through | None] = contextvars.ContextVar(
+  "through", default=None
+)
+
+
+@contextlib.contextmanager
+def layers_through(function: Through | None) -> Iterator[None]:
+  """Walks that are traced meanwhile pass every layer's parameters through it.
+
+  Args:
+    function: `(names of the axes, parameter of one layer) -> parameter`, called
+      inside the loop over the layers: what it makes lives as long as one layer
+      takes. None stands for no change.
+  """
+  token = _through.set(function)
+  try:
+    yield
+  finally:
+    _through.reset(token)
 
 
 def build(
@@ -66,8 +90,16 @@ def walk(
   """
   graphdef, params = nnx.split(layers)
 
+  through = _through.get()
+
   def body(carry, layer):
     params, inputs = layer
+    if through:
+      params = jax.tree.map(
+        lambda p: p.replace(through(p.get_metadata()["axes"], p.get_value())),
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+      )
     return step(nnx.merge(graphdef, params), carry, inputs)
 
   return jax.lax.scan(REMAT[remat](body), carry, (params, inputs))

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from arflow_jax.branches import Branch
 from arflow_jax.parallel import mesh as mesh_lib
+from arflow_jax.training import gradients
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -128,29 +129,14 @@ def make_train_step(
     abstract: what `abstract_state` returned; the state that comes out has just
       its shardings, whatever the compiler would choose.
   """
-  parts, decay = config.optimizer.accumulation, config.ema.decay
-
-  def loss_and_grads(params, batch, keys):
-    mean = lambda params: jnp.mean(branch.loss(params, batch, keys))
-    return jax.value_and_grad(mean)(params)
-
-  def accumulate(params, batch, keys):
-    # Micro-batch i takes rows i, i + parts, ...: each device keeps its rows.
-    def deal(x):
-      return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-
-    def add(total, micro):
-      part = loss_and_grads(params, *micro)
-      return jax.tree.map(lambda a, b: a + b / parts, total, part), None
-
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    micro = (jax.tree.map(deal, batch), deal(keys))
-    return jax.lax.scan(add, zeros, micro)[0]
+  decay, whole = config.ema.decay, abstract.step.sharding
+  loss_and_grads = gradients.make(
+    branch, whole.mesh, config.optimizer.accumulation
+  )
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     keys = item_keys(config.seed, state.step, config.batch_size)
-    compute = loss_and_grads if parts == 1 else accumulate
-    loss, grads = compute(state.params, batch, keys)
+    loss, grads = loss_and_grads(state.params, batch, keys)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = average(state.ema, params, decay)
@@ -166,5 +152,4 @@ def make_train_step(
     return state, metrics
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  whole = abstract.step.sharding  # of metrics too
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
