@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -25,27 +25,36 @@ REMAT = {
   "full": jax.checkpoint,
 }
 
-Through = Callable[[tuple[str | None, ...], jax.Array], jax.Array]
 
-_through: contextvars.ContextVar[Through | None] = contextvars.ContextVar(
-  "through", default=None
+class Parts(NamedTuple):
+  """How layers compute where a device holds parts of their parameters.
+
+  Attributes:
+    parameter: `(names of the axes, parameter of one layer) -> parameter`,
+      called inside the loop over the layers: what it makes lives as long as
+      one layer takes.
+    product: `(function, rows) -> function(rows)`, for a function that holds a
+      part of the features it makes; see `layers.Modulation`.
+  """
+
+  parameter: Callable[[tuple[str | None, ...], jax.Array], jax.Array]
+  product: Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
+
+
+_parts: contextvars.ContextVar[Parts | None] = contextvars.ContextVar(
+  "parts", default=None
 )
+parts = _parts.get  # None where layers have their parameters whole
 
 
 @contextlib.contextmanager
-def layers_through(function: Through | None) -> Iterator[None]:
-  """Walks that are traced meanwhile pass every layer's parameters through it.
-
-  Args:
-    function: `(names of the axes, parameter of one layer) -> parameter`, called
-      inside the loop over the layers: what it makes lives as long as one layer
-      takes. None stands for no change.
-  """
-  token = _through.set(function)
+def in_parts(how: Parts | None) -> Iterator[None]:
+  """Layers that are traced meanwhile compute in this way."""
+  token = _parts.set(how)
   try:
     yield
   finally:
-    _through.reset(token)
+    _parts.reset(token)
 
 
 def build(
@@ -90,13 +99,15 @@ def walk(
   """
   graphdef, params = nnx.split(layers)
 
-  through = _through.get()
+  how = parts()
 
   def body(carry, layer):
     params, inputs = layer
-    if through:
+    if how:
       params = jax.tree.map(
-        lambda p: p.replace(through(p.get_metadata()["axes"], p.get_value())),
+        lambda p: p.replace(
+          how.parameter(p.get_metadata()["axes"], p.get_value())
+        ),
         params,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
       )

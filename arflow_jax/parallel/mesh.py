@@ -23,6 +23,7 @@ AXES = ("data", "fsdp", "tensor")
 RULES = {
   "batch": ("data", "fsdp"),  # items of a batch
   "embed": "fsdp",  # features of a token
+  "modulation": "fsdp",  # shifts, scales and gates of a layer
   "heads": "tensor",  # whole heads of attention
   "mlp": "tensor",  # hidden features of a feed-forward
 }

@@ -78,13 +78,36 @@ def gather(names: tuple[str | None, ...], array: jax.Array) -> jax.Array:
   return array
 
 
+def layer_parameter(
+  names: tuple[str | None, ...], array: jax.Array
+) -> jax.Array:
+  """A layer's parameter as the layer wants it: whole, but for modulations."""
+  return array if "modulation" in names else gather(names, array)
+
+
+def layer_product(
+  function: Callable[[jax.Array], jax.Array], rows: jax.Array
+) -> jax.Array:
+  """`function(rows)` where each device's function makes a part of the features.
+
+  Every device along `fsdp` makes its features of the rows of all, and hands
+  them back. A gradient in the function is thereby summed over these rows.
+
+  Args:
+    function: `[b, ..., E] -> [b, ..., part of F]`, rows apart.
+    rows: those of this device.
+  """
+  features = function(jax.lax.all_gather(rows, "fsdp", tiled=True))
+  return jax.lax.all_to_all(features, "fsdp", 0, features.ndim - 1, tiled=True)
+
+
 def mean(names: tuple[str | None, ...], gradient: jax.Array) -> jax.Array:
   """The mean of a gradient over all devices that have rows of their own.
 
   Args:
     names: logical names of the parameter's last axes.
-    gradient: what a device has after the transpose of `gather`: of what `fsdp`
-      splits, the sum over `fsdp`.
+    gradient: what a device has after the transpose of `gather` or of
+      `layer_product`: of what `fsdp` splits, the sum over `fsdp`.
   """
   summed = any(map(_split, names))
   total = jax.lax.psum(gradient, "data" if summed else ROWS)

@@ -26,7 +26,8 @@ def make(
 ) -> Callable[[Any, Batch, jax.Array], tuple[jax.Array, Any]]:
   """Builds `(params, batch, keys) -> (mean loss, gradients)`.
 
-  A layer's parameters are made whole where that layer uses them. With several
+  A layer's parameters are made whole where that layer uses them, except where
+  rows are cheaper to pass on than weights. With several
   micro-batches all are made whole once a step, and each device adds up whole
   gradients: memory for both, as if `fsdp` were 1.
 
@@ -61,11 +62,13 @@ def make(
     stacked = array.ndim > len(names)
     return array if stacked and parts == 1 else rows.gather(names, array)
 
+  layers = stack.Parts(rows.layer_parameter, rows.layer_product)
+
   def own(params, batch, keys):
     whole, scatter = jax.vjp(
       lambda params: rows.map_params(gather, branch.axes, params), params
     )
-    with stack.layers_through(rows.gather if parts == 1 else None):
+    with stack.in_parts(layers if parts == 1 else None):
       loss, grads = compute(whole, batch, keys)
     grads = rows.map_params(rows.mean, branch.axes, scatter(grads)[0])
     return jax.lax.pmean(loss, rows.ROWS), grads

@@ -57,7 +57,7 @@ def test_parameters_can_pass_through_a_function_one_layer_at_a_time():
     return stack.walk(layers, step, jnp.ones((2, WIDTH)))[0]
 
   before = walked(params)
-  with stack.layers_through(double):
+  with stack.in_parts(stack.Parts(double, None)):
     doubled = walked(params)
   assert seen == {(("embed", "mlp"), (WIDTH, WIDTH)), (("mlp",), (WIDTH,))}
   wanted = walked(jax.tree.map(lambda p: 2 * p, params))

@@ -49,9 +49,13 @@ def test_every_gradient_is_summed_once_in_float32(family, parts):
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   # Biases of heads, of hidden features and of the last layer are not split.
   whole = {"arflow": 2 * 64 + 4, "flowar": 2 * (48 + 84) + 2 * 170 + 1}[family]
+  layers, rows = {"arflow": (2, 4 * 5), "flowar": (2, 4)}[family]
   scattered = [n * times for name, _, n, times in sums if "psum" not in name]
   added = [n * times for name, _, n, times in sums if "psum" in name]
-  assert sum(scattered) == count - whole
+  wanted = count - whole
+  if parts == 1:  # rows of 16 features instead of a layer's modulation
+    wanted += layers * (rows * 16 - (16 + 1) * 6 * 16)
+  assert sum(scattered) == wanted
   assert sum(added) == (count - whole) // 2 + whole + 1  # and the loss
   assert {kind for _, kind, _, _ in sums} == {jnp.dtype("float32")}
   if parts > 1:
