@@ -67,8 +67,11 @@ def default_config() -> ConfigDict:
   optimizer.accumulation = 1  # micro-batches per step
 
   config.ema = ConfigDict({"decay": 0.9999})
-  # Sizes of the mesh axes; data=-1 takes all devices that are left.
-  config.mesh = ConfigDict({"data": -1, "fsdp": 1})
+  # Sizes of the mesh axes; -1, in one of them, takes the devices that are left.
+  config.mesh = mesh = ConfigDict()
+  mesh.data = -1  # splits batches
+  mesh.fsdp = 1  # splits batches, parameters, optimiser state and averages
+  mesh.tensor = 1  # splits heads and hidden features inside a layer
   config.checkpoint = checkpoint = ConfigDict()
   checkpoint.every = 10_000  # steps between checkpoints
   checkpoint.keep = 3  # the newest this many stay

@@ -48,12 +48,12 @@ def _steps_traced_once(monkeypatch):
 
   real = state.make_train_step
 
-  def make(branch, tx, config):
+  def make(branch, tx, config, abstract):
     shape = {k: v for k, v in config.to_dict().items() if k not in _SHAPELESS}
     shape["items"] = branch.item_shape
-    key = json.dumps(shape, sort_keys=True)
+    key = json.dumps(shape, sort_keys=True), abstract.step.sharding
     if key not in _STEPS:
-      _STEPS[key] = real(branch, tx, config)
+      _STEPS[key] = real(branch, tx, config, abstract)
     return _STEPS[key]
 
   monkeypatch.setattr(state, "make_train_step", make)

@@ -36,7 +36,7 @@ def mesh(config: ConfigDict, devices: int) -> AbstractMesh:
       not divide.
   """
   sizes = mesh_lib.sizes(config.mesh, devices)
-  made = AbstractMesh(tuple(sizes), tuple(config.mesh))
+  made = AbstractMesh(sizes, mesh_lib.AXES)
   mesh_lib.check_batch(made, config.batch_size, config.optimizer.accumulation)
   return made
 
@@ -57,12 +57,13 @@ def divide(
   """
   where = mesh(config, devices)
   branch, weights = _built(_shape(config), config.model.remat)
+  placed = mesh_lib.abstract_params(branch.axes, weights, where)
   shards = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
-    mesh_lib.abstract_params(branch.axes, weights, where),
+    placed,
   )
   parts = _state(config, branch, shards)
-  items = config.batch_size // devices
+  items = config.batch_size // mesh_lib.batch_shards(where)
   parts["batch"] = items * (4 * math.prod(branch.item_shape) + 4)
   model = config.model
   layers = sum(model[key] for key in model if key.endswith("depth"))
@@ -71,11 +72,14 @@ def divide(
     item = _FUSED * kept("none")
   else:
     item = kept(model.remat) + _WORKING * kept("none") / layers
-  times = 1 if config.optimizer.accumulation == 1 else 2  # a part, and the sum
-  needed = times * parts["parameters"]
-  needed += item * items / config.optimizer.accumulation
-  if memory.size(weights) > parts["parameters"]:
-    needed += _GATHERED * memory.size(weights) / layers
+  micro, whole = config.optimizer.accumulation, memory.size(weights)
+  needed = memory.gradients(placed, where, micro)
+  needed += item * items / (micro * where.shape["tensor"])
+  if micro > 1:  # beside the sum, what one part adds to it
+    split = mesh_lib.batch_shards(where) > 1
+    needed += whole / where.shape["tensor"] if split else parts["parameters"]
+  elif whole > parts["parameters"]:
+    needed += _GATHERED * whole / layers
   parts["temporaries"] = int(factor * needed)
   return parts | {"total": sum(parts.values())}
 
@@ -111,15 +115,16 @@ def options(config: ConfigDict, devices: int) -> dict[str, list]:
 
   All but the batch leave what is computed as it is, but for rounding.
   """
-  items, parts = config.batch_size // devices, config.optimizer.accumulation
+  shards = devices // config.mesh.tensor  # of a batch
+  items, parts = config.batch_size // shards, config.optimizer.accumulation
   policies = list(REMAT)  # in the order of what they take
   fsdp, policy = config.mesh.fsdp, config.model.remat
   powers = [fsdp * 2**i for i in range(1, devices.bit_length())]
   return {
     "model.remat": policies[policies.index(policy) + 1 :],
-    "mesh.fsdp": [size for size in powers if size <= devices],
+    "mesh.fsdp": [size for size in powers if size <= shards],
     "optimizer.accumulation": [n for n in _divisors(items) if n > parts],
-    "batch_size": [n * devices for n in _divisors(items)[-2::-1]],
+    "batch_size": [n * shards for n in _divisors(items)[-2::-1]],
   }
 
 
@@ -150,7 +155,8 @@ def _shape(config: ConfigDict) -> str:
   """What tells how much an item keeps, as text; without remat."""
   kept = config.copy_and_resolve_references().unlock()
   kept.batch_size, kept.optimizer.accumulation = 1, 1
-  kept.model.remat, kept.mesh.fsdp = "none", 1
+  kept.model.remat = "none"
+  kept.mesh.fsdp = kept.mesh.tensor = 1
   return json.dumps(kept.to_dict())
 
 

@@ -169,13 +169,8 @@ class Block(nnx.Module):
   """adaLN-Zero transformer block with hybrid attention."""
 
   def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    self.modulation = layers.linear(
-      config.width,
-      6 * config.width,
-      (None, "embed"),
-      dtype=jnp.float32,
-      rngs=rngs,
-      init=layers.zeros,
+    self.modulation = layers.modulation(
+      config.width, 6, rngs=rngs, init=layers.zeros
     )
     self.attention = HybridAttention(config, dtype=dtype, rngs=rngs)
     hidden = hidden_features(config.width, config.mlp_ratio)

@@ -128,9 +128,7 @@ class Block(nnx.Module):
   def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     width = config.width
     kwargs = dict(dtype=dtype, rngs=rngs)
-    self.modulation = layers.linear(
-      width, 6 * width, (None, "embed"), dtype=jnp.float32, rngs=rngs
-    )
+    self.modulation = layers.modulation(width, 6, rngs=rngs)
     heads, size = config.num_heads, width // config.num_heads
     self.qkv = attention.to_heads(width, heads, size, parts=3, **kwargs)
     self.proj = attention.from_heads(heads, size, width, **kwargs)

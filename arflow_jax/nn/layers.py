@@ -56,6 +56,7 @@ def linear(
   use_bias: bool = True,
   init: Initializer = xavier,
   result: DTypeLike | None = None,
+  kind: type[nnx.LinearGeneral] = nnx.LinearGeneral,
 ) -> nnx.LinearGeneral:
   """A projection with float32 parameters and products in `dtype`.
 
@@ -69,9 +70,10 @@ def linear(
     use_bias: whether a bias, zero at first, is added.
     init: initial values of the kernel, drawn as a matrix whatever its axes.
     result: type of the result where it is not `dtype`.
+    kind: the class of the module.
   """
   ins = 1 if isinstance(inputs, int) else len(inputs)
-  return nnx.LinearGeneral(
+  return kind(
     inputs,
     outputs,
     axis=tuple(range(-ins, 0)),
@@ -105,6 +107,47 @@ def _matrix_product(
     **kwargs,
   )
   return product.reshape(*lead, *outs)
+
+
+class Modulation(nnx.LinearGeneral):
+  """Shifts, scales and gates of a layer of a stack, from a condition.
+
+  There is one row per image, for 6 E^2 float32 weights: where devices hold
+  parts of them, it is the rows that are passed on, not the weights.
+  """
+
+  def __call__(self, c: Float[Array, "*lead E"]) -> Float[Array, "*lead F"]:
+    def product(c):
+      matrices = (((c.ndim - 1,), (0,)), ((), ()))
+      kernel, bias = self.kernel[...], self.bias[...]
+      return (
+        self.dot_general(c, kernel, matrices, precision=self.precision) + bias
+      )
+
+    how = stack.parts()
+    return how.product(product, c) if how else product(c)
+
+
+def modulation(
+  width: int, parts: int, *, rngs: nnx.Rngs, init: Initializer = xavier
+) -> Modulation:
+  """`parts` vectors of E features from one, float32.
+
+  Args:
+    width: E.
+    parts: how many.
+    rngs: source of the initial values.
+    init: initial values of the kernel.
+  """
+  return linear(
+    width,
+    parts * width,
+    (None, "modulation"),
+    dtype=jnp.float32,
+    rngs=rngs,
+    init=init,
+    kind=Modulation,
+  )
 
 
 def rms_norm(x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:

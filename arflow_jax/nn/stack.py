@@ -4,9 +4,11 @@ The parameters of a stack have a leading layer axis. What the backward pass of a
 layer recomputes is chosen by the name in the config (`model.remat`).
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -22,6 +24,37 @@ REMAT = {
   # Each layer from its input.
   "full": jax.checkpoint,
 }
+
+
+class Parts(NamedTuple):
+  """How layers compute where a device holds parts of their parameters.
+
+  Attributes:
+    parameter: `(names of the axes, parameter of one layer) -> parameter`,
+      called inside the loop over the layers: what it makes lives as long as
+      one layer takes.
+    product: `(function, rows) -> function(rows)`, for a function that holds a
+      part of the features it makes; see `layers.Modulation`.
+  """
+
+  parameter: Callable[[tuple[str | None, ...], jax.Array], jax.Array]
+  product: Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
+
+
+_parts: contextvars.ContextVar[Parts | None] = contextvars.ContextVar(
+  "parts", default=None
+)
+parts = _parts.get  # None where layers have their parameters whole
+
+
+@contextlib.contextmanager
+def in_parts(how: Parts | None) -> Iterator[None]:
+  """Layers that are traced meanwhile compute in this way."""
+  token = _parts.set(how)
+  try:
+    yield
+  finally:
+    _parts.reset(token)
 
 
 def build(
@@ -66,8 +99,18 @@ def walk(
   """
   graphdef, params = nnx.split(layers)
 
+  how = parts()
+
   def body(carry, layer):
     params, inputs = layer
+    if how:
+      params = jax.tree.map(
+        lambda p: p.replace(
+          how.parameter(p.get_metadata()["axes"], p.get_value())
+        ),
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+      )
     return step(nnx.merge(graphdef, params), carry, inputs)
 
   return jax.lax.scan(REMAT[remat](body), carry, (params, inputs))

@@ -79,7 +79,7 @@ def restore(workdir: str) -> Run:
   """
   processes.start()
   # Images share no work: each device draws its own with all the weights.
-  mesh = mesh_lib.make_mesh(ConfigDict({"data": -1, "fsdp": 1}))
+  mesh = mesh_lib.make_mesh(config_lib.default_config().mesh)
   config, params, step = checkpoint.load_weights(
     workdir, lambda stored: state.abstract_params(branches.build(stored), mesh)
   )

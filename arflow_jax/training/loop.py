@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from arflow_jax import config as config_lib
 from arflow_jax import paths
 from arflow_jax.data import pipeline, sequences, sources
-from arflow_jax.parallel import processes
+from arflow_jax.parallel import lanes, processes
 from arflow_jax.training import (
   checkpoint,
   listing,
@@ -162,6 +162,8 @@ def _steps(
 def _announce(program: program_lib.Program) -> None:
   count = parameter_overview.count_parameters(program.abstract_state.params)
   devices = program.mesh.devices
+  if line := lanes.note(program.abstract_state, devices.flat[0].platform):
+    processes.say(line)
   processes.say(
     f"{program.config.branch} with {count:,}"
     f" parameters on {devices.size} {devices.flat[0].platform} device(s);"

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from arflow_jax.branches import Branch
@@ -41,24 +41,28 @@ def check(
   there = mesh_lib.memory(mesh.devices.flat)
   if there is None:
     return
-  params = abstract_state.params
-  fixed = size(abstract_state) + size(params)  # and the gradients
+  params, parts = abstract_state.params, config.optimizer.accumulation
+  fixed = size(abstract_state) + gradients(params, mesh, parts)
   if fixed > there:
     sizes = ", ".join(
       f"model.{key}={value}"
       for key, value in config.model.items()
       if type(value) is int
     )
+    split = f"or raise mesh.fsdp={config.mesh.fsdp}"
+    if parts > 1:
+      split += f" with optimizer.accumulation=1 instead of {parts}"
     raise ConfigError(
       "the weights, averages, moments and gradients of this model take"
       f" {_readable(fixed)} on each device, which has {_readable(there)}: lower"
-      f" one of {sizes}, or raise mesh.fsdp={config.mesh.fsdp}"
+      f" one of {sizes}, {split}"
     )
   needed = size(abstract_batch)
   if fixed + needed * _LARGEST_RATIO <= there:
     return
-  parts = mesh.size * config.optimizer.accumulation
-  needed += kept(branch, params, abstract_batch, parts) // 2
+  parts *= mesh_lib.batch_shards(mesh)
+  held = kept(branch, params, abstract_batch, parts)
+  needed += held // (2 * mesh.shape["tensor"])
   if fixed + needed > there:
     raise ConfigError(
       f"batch_size={config.batch_size} takes at least {_readable(needed)} on"
@@ -67,6 +71,24 @@ def check(
       f" data.sequence_length={config.data.sequence_length}, or raise"
       f" optimizer.accumulation={config.optimizer.accumulation}"
     )
+
+
+def gradients(params: Any, mesh: Mesh | AbstractMesh, parts: int) -> int:
+  """Bytes of the gradients on each device, with whatever is beside them.
+
+  Several micro-batches add up whole gradients, float32, and use whole weights,
+  at least of two bytes; see `training.gradients`.
+
+  Args:
+    params: shapes, types and shardings of the parameters.
+    mesh: the devices.
+    parts: micro-batches of a step.
+  """
+  held = size(params)
+  if parts == 1 or mesh_lib.batch_shards(mesh) == 1:
+    return held
+  whole = held * mesh.shape["fsdp"]  # but for a few biases, whole already
+  return whole + (whole // 2 if whole > held else 0)
 
 
 def kept(

@@ -92,7 +92,7 @@ def build(
     branch=branch,
     mesh=mesh,
     tx=tx,
-    step=state.make_train_step(branch, tx, config),
+    step=state.make_train_step(branch, tx, config, abstract_state),
     abstract_state=abstract_state,
     abstract_batch=abstract_batch,
   )

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
 from arflow_jax.branches import Branch
 from arflow_jax.parallel import mesh as mesh_lib
+from arflow_jax.training import gradients
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -33,14 +34,16 @@ class TrainState:
   opt_state: Any
 
 
-def abstract_params(branch: Branch, mesh: Mesh) -> Any:
+def abstract_params(branch: Branch, mesh: Mesh | AbstractMesh) -> Any:
   """Shapes, types and shardings of the weights; allocates nothing."""
   shapes = jax.eval_shape(branch.init, jax.random.key(0))
   return mesh_lib.abstract_params(branch.axes, shapes, mesh)
 
 
 def abstract_state(
-  branch: Branch, tx: optax.GradientTransformation, mesh: Mesh
+  branch: Branch,
+  tx: optax.GradientTransformation,
+  mesh: Mesh | AbstractMesh,
 ) -> TrainState:
   """Shapes, types and shardings of the whole train state; allocates nothing."""
   params = abstract_params(branch, mesh)
@@ -109,36 +112,31 @@ def average(ema: Any, params: Any, decay: float) -> Any:
 
 
 def make_train_step(
-  branch: Branch, tx: optax.GradientTransformation, config: ConfigDict
+  branch: Branch,
+  tx: optax.GradientTransformation,
+  config: ConfigDict,
+  abstract: TrainState,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Builds `step(state, batch) -> (state, metrics)`, jitted; donates `state`.
 
   Metrics are scalars: `loss`, `grad_norm` before clipping, and `param_norm`
   after the update.
+
+  Args:
+    branch: gives the loss.
+    tx: the optimiser.
+    config: the full config.
+    abstract: what `abstract_state` returned; the state that comes out has just
+      its shardings, whatever the compiler would choose.
   """
-  parts, decay = config.optimizer.accumulation, config.ema.decay
-
-  def loss_and_grads(params, batch, keys):
-    mean = lambda params: jnp.mean(branch.loss(params, batch, keys))
-    return jax.value_and_grad(mean)(params)
-
-  def accumulate(params, batch, keys):
-    # Micro-batch i takes rows i, i + parts, ...: each device keeps its rows.
-    def deal(x):
-      return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-
-    def add(total, micro):
-      part = loss_and_grads(params, *micro)
-      return jax.tree.map(lambda a, b: a + b / parts, total, part), None
-
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    micro = (jax.tree.map(deal, batch), deal(keys))
-    return jax.lax.scan(add, zeros, micro)[0]
+  decay, whole = config.ema.decay, abstract.step.sharding
+  loss_and_grads = gradients.make(
+    branch, whole.mesh, config.optimizer.accumulation
+  )
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     keys = item_keys(config.seed, state.step, config.batch_size)
-    compute = loss_and_grads if parts == 1 else accumulate
-    loss, grads = compute(state.params, batch, keys)
+    loss, grads = loss_and_grads(state.params, batch, keys)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = average(state.ema, params, decay)
@@ -153,4 +151,5 @@ def make_train_step(
     }
     return state, metrics
 
-  return jax.jit(step, donate_argnums=0)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))

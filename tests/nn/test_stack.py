@@ -42,6 +42,30 @@ def test_every_layer_draws_values_of_its_own_and_keeps_the_names_of_its_axes():
     assert not np.allclose(kernel[i], kernel[i - 1])
 
 
+def test_parameters_can_pass_through_a_function_one_layer_at_a_time():
+  """With the names of their axes; afterwards they are as they were."""
+  graphdef, params = _stacked()
+  seen = set()
+
+  def double(names, array):
+    seen.add((names, array.shape))
+    return 2 * array
+
+  def walked(params):
+    layers = nnx.merge(graphdef, params)
+    step = lambda layer, x, _: layer(x, 0.5)
+    return stack.walk(layers, step, jnp.ones((2, WIDTH)))[0]
+
+  before = walked(params)
+  with stack.in_parts(stack.Parts(double, None)):
+    doubled = walked(params)
+  assert seen == {(("embed", "mlp"), (WIDTH, WIDTH)), (("mlp",), (WIDTH,))}
+  wanted = walked(jax.tree.map(lambda p: 2 * p, params))
+  np.testing.assert_array_equal(doubled, wanted)
+  np.testing.assert_array_equal(walked(params), before)
+  assert np.abs(doubled - before).max() > 0.01
+
+
 @pytest.mark.parametrize("remat", stack.REMAT)
 def test_a_walk_is_a_loop_over_the_layers(remat):
   graphdef, params = _stacked()

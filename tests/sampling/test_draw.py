@@ -156,7 +156,7 @@ from ml_collections import ConfigDict
 from tests.sampling.noise import noise_run
 
 processes.start()
-devices = mesh.make_mesh(ConfigDict({{"data": -1, "fsdp": 1}}))
+devices = mesh.make_mesh(ConfigDict({{"data": -1, "fsdp": 1, "tensor": 1}}))
 run.restore = lambda workdir: noise_run(devices)
 add, write, added = Shards.add, writers.write, []
 

@@ -99,7 +99,7 @@ for family, changes in small.items():
   drawn = []
   for count in (1, 4):
     mesh = mesh_lib.make_mesh(
-      ConfigDict({"data": -1, "fsdp": 1}), jax.devices()[:count])
+      ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}), jax.devices()[:count])
     generator = images.Generator(
       branch, jax.device_put(params, mesh_lib.replicated(mesh)),
       branch.settings(config.sample), block_size=6, mesh=mesh,

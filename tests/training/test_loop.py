@@ -475,15 +475,23 @@ def test_a_report_that_cannot_be_written_comes_after_the_checkpoint(
   assert listing.steps(str(tmp_path)) == [2]
 
 
+def _losses(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+
+
 def test_any_mesh_trains_alike_and_resumes_anywhere(straight, tmp_path):
-  """Four CPU devices, parameters and batch sharded, then one device."""
-  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
-  args = flags(steps=3, mesh__fsdp=2)
+  """Eight CPU devices, a mesh with every axis, then one device."""
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+  args = flags(steps=3, mesh__fsdp=2, mesh__tensor=2)
   with _train(tmp_path, *args, env=environment) as process:
     output = process.stdout.read()
   assert process.returncode == 0, output
-  assert "on 4 cpu device(s)" in output
+  assert "on 8 cpu device(s)" in output
   assert loop.train(tiny_config(), str(tmp_path)) == 4
+  found, steps = _losses(tmp_path), (1, 2, 4)  # 4: the mean of 3 and 4
+  wanted = pytest.approx(_losses(straight), rel=1e-5)
+  assert {step: found[step] for step in steps} == wanted
   config = tiny_config()
   ours, wanted = stored_state(config, tmp_path), stored_state(config, straight)
   start = program_lib.build(config).init()

@@ -2,10 +2,12 @@
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
+from arflow_jax import branches
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
-from arflow_jax.training import program
+from arflow_jax.training import memory, program, state
 from tests.tiny import tiny_config
 
 
@@ -37,6 +39,22 @@ def test_a_network_too_large_says_what_it_needs(family):
     r"model\.width=1000000.*mesh\.fsdp=1",
   ):
     program.build(tiny_config(family, model__width=1_000_000))
+
+
+def test_micro_batches_add_up_whole_gradients():
+  """Four bytes for each of them and two for each weight, where fsdp splits."""
+  branch = branches.build(tiny_config())
+  counts = {}
+  for shape in ((8, 1, 1), (2, 4, 1), (1, 4, 2)):
+    mesh = AbstractMesh(shape, mesh_lib.AXES)
+    params = state.abstract_params(branch, mesh)
+    for parts in (1, 2):
+      counts[shape, parts] = memory.gradients(params, mesh, parts)
+  whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert counts[(8, 1, 1), 1] == counts[(8, 1, 1), 2] == whole
+  assert counts[(2, 4, 1), 1] == pytest.approx(whole / 4, rel=0.05)
+  assert counts[(2, 4, 1), 2] == pytest.approx(1.5 * whole, rel=0.05)
+  assert counts[(1, 4, 2), 2] < 0.8 * counts[(2, 4, 1), 2]
 
 
 def test_nothing_is_refused_where_memory_is_unknown(monkeypatch):

@@ -29,7 +29,7 @@ def test_devices_may_be_given_and_must_fit():
   device = jax.devices()[:1]
   program = program_lib.build(tiny_config(), device)
   assert list(program.mesh.devices.flat) == device
-  with pytest.raises(ConfigError, match="does not make 1 devices"):
+  with pytest.raises(ConfigError, match="does not make 1 devices; the nearest"):
     program_lib.build(tiny_config(mesh__fsdp=2), device)
 
 
