@@ -157,3 +157,17 @@ def channels_last(x) -> jax.Array:
 
 def channels_first(x) -> np.ndarray:
   return np.moveaxis(np.asarray(x), -1, -3)
+
+
+@pytest.fixture(scope="session")
+def dump(tmp_path_factory):
+  """Folder of the TPU compiler's schedules; libtpu reads its name only once.
+
+  So every test that compiles for TPUs in this process takes it.
+  """
+  pytest.importorskip("libtpu", reason="libtpu is not installed: jax[tpu]")
+  from arflow_jax.analysis import tpu
+
+  folder = tmp_path_factory.mktemp("schedules")
+  tpu.prepare(folder)
+  return folder

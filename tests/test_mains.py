@@ -197,7 +197,7 @@ ERRORS = [
   (
     preflight,
     [CONFIG, "--topology=gpu:80GB", "--config.mesh.fsdp=2"],
-    "mesh.fsdp=2 does not make 1 devices",
+    "mesh.fsdp=2 x mesh.tensor=1 does not make 1 devices",
   ),
   (
     preflight,
@@ -440,7 +440,11 @@ def test_values_reach_the_config_with_their_types(monkeypatch):
   ("family", "changes"),
   [
     ("arflow", {}),
-    ("flowar", {"model__patch_size": 4, "model__scales": (1, 2)}),
+    pytest.param(
+      "flowar",
+      {"model__patch_size": 4, "model__scales": (1, 2)},
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_train_then_sample(family, changes, tmp_path, capsys):

@@ -14,7 +14,9 @@ from tests.tiny import tiny_config
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("family", ["arflow", "flowar"])
+@pytest.mark.parametrize(
+  "family", ["arflow", pytest.param("flowar", marks=pytest.mark.slow)]
+)
 def test_what_is_split_and_what_is_not(family):
   config = tiny_config(family, batch_size=16)
   one = footprint.divide(config, 1, tpu=False)
@@ -31,7 +33,9 @@ def test_what_is_split_and_what_is_not(family):
   assert whole == pytest.approx(4 * one["parameters"], rel=0.01)
 
 
-@pytest.mark.parametrize("family", ["arflow", "flowar"])
+@pytest.mark.parametrize(
+  "family", ["arflow", pytest.param("flowar", marks=pytest.mark.slow)]
+)
 def test_remat_and_micro_batches_take_less(family):
   def needed(**changes):
     config = tiny_config(family, batch_size=256, **changes)

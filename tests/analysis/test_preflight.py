@@ -31,7 +31,9 @@ def test_a_gpu_by_the_formula(tmp_path, capsys):
   assert found["hbm"] == 24 * 10**9
 
 
-@pytest.mark.parametrize("family", ["arflow", "flowar"])
+@pytest.mark.parametrize(
+  "family", ["arflow", pytest.param("flowar", marks=pytest.mark.slow)]
+)
 def test_what_does_not_fit_exits_with_1_and_says_what_would(family, capsys):
   large = {"batch_size": 4096, "model__width": 64, "model__remat": "none"}
   args = [*flags(family, **large), "--topology=gpu:2GB"]
@@ -63,6 +65,7 @@ def test_a_refusal_tells_the_bytes():
     refused("INTERNAL: no such HBM 3.0G")
 
 
+@pytest.mark.slow
 def test_the_smallest_slice_has_room():
   wide = {"model__width": 4096, "model__num_heads": 64, "model__depth": 8}
   config = tiny_config(batch_size=32, **wide)

@@ -94,7 +94,7 @@ def _draw(network, labels, noise, settings):
 
 
 @pytest.mark.parametrize(
-  "cross", [pytest.param(False, marks=pytest.mark.slow), True]
+  "cross", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
 def test_golden_sample(cross):
   rs = np.random.RandomState(1234)
@@ -115,7 +115,17 @@ def test_golden_sample(cross):
   np.testing.assert_allclose(final.std(), std, atol=2e-4)
 
 
-@pytest.mark.parametrize("path", parity_files("flowar_sample*"))
+@pytest.mark.parametrize(
+  "path",
+  [
+    # The short command has this form's golden values.
+    *(
+      pytest.param(*file.values, id=file.id, marks=pytest.mark.slow)
+      for file in parity_files("flowar_sample")
+    ),
+    *parity_files("flowar_sample_*"),
+  ],
+)
 def test_published_samples(path, load_parity):
   z = load_parity(path)
   network, config = published_network(

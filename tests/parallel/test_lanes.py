@@ -17,9 +17,8 @@ def test_tiles_are_filled_along_the_best_two_axes():
   assert lanes.padded_size((7,)) == 7
 
 
-def test_the_line_agrees_with_the_compiler():
+def test_the_line_agrees_with_the_compiler(dump):
   """ARFlow-XL/2 on a v5e:16x16; no line where tiles are filled."""
-  pytest.importorskip("libtpu", reason="libtpu is not installed: jax[tpu]")
   config = get_config("imagenet256-xl2").unlock()
   config.batch_size, config.mesh.fsdp = 256, 16
   program = program_lib.build(config, tpu.devices("v5e:16x16"))

@@ -81,9 +81,8 @@ def test_given_devices_make_the_mesh():
   assert list(mesh.devices.flat) == devices
 
 
-def test_slices_are_the_outer_part_of_data():
+def test_slices_are_the_outer_part_of_data(dump):
   """Only gradients cross between them."""
-  pytest.importorskip("libtpu", reason="libtpu is not installed: jax[tpu]")
   devices = topologies.get_topology_desc(
     platform="tpu", topology_name="v5e:2x2", num_slices=2
   ).devices

@@ -64,9 +64,8 @@ def test_every_gradient_is_summed_once_in_float32(family, parts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
-def test_what_a_tpu_sums(parts):
+def test_what_a_tpu_sums(parts, dump):
   """The same of the compiled step, data 2 x fsdp 2 of a v5e."""
-  pytest.importorskip("libtpu", reason="libtpu is not installed: jax[tpu]")
   config = tiny_config(
     batch_size=8,
     mesh__fsdp=2,

@@ -67,7 +67,9 @@ def test_a_failed_save_is_said_in_one_line_and_made_good(
   assert "failure 2 of" in second
   gc.collect()  # nothing is left that Python would warn of, which fails here
   saver.save(4, state, {})
-  (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()  # a late one
+  (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(
+    exist_ok=True
+  )  # a late one
   assert not saver.mend()
   assert _names(tmp_path) == ["1", "4"]  # and nothing of the failed ones
   back = stored_state(CONFIG, tmp_path)
