@@ -33,10 +33,14 @@ COMMANDS = {
 
 @pytest.fixture(autouse=True)
 def _answering():
-  """Where the tests run in the background, children would ignore SIGINT."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  """In the background or under nohup, children would ignore signals."""
+  before = {
+    signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+  }
   yield
-  signal.signal(signal.SIGINT, before)
+  for number, handler in before.items():
+    signal.signal(number, handler)
 
 
 def _ended(arguments, after=0.0, number=0, begun=""):

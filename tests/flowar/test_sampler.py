@@ -261,6 +261,7 @@ def test_an_image_depends_on_its_key_and_label_only(method):
   assert not np.allclose(found, _images(jnp.array([4, 1]), **settings))
 
 
+@pytest.mark.slow
 def test_guidance_one_and_no_label_work():
   plain = _images(guidance=1.0)
   almost = _images(guidance=1 + 1e-6)

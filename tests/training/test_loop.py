@@ -327,7 +327,9 @@ def _train(workdir, *args, **kwargs):
 def test_a_signal_saves_and_exits_cleanly(tmp_path, number):
   args = flags(steps=100_000, checkpoint__every=100_000)
   seen = ""
+  former = signal.signal(number, signal.SIG_DFL)  # nohup would be inherited
   with _train(tmp_path, *args) as process:
+    signal.signal(number, former)
     for line in process.stdout:
       seen += line
       if line.startswith("step "):
