@@ -1,6 +1,8 @@
 """Digits configs of each family, small enough to train in a test."""
 
 import importlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -69,3 +71,14 @@ def flags(family="arflow", **overrides):
   return [f"--config=configs/{family}.py:digits"] + [
     f"--config.{key}={value}" for key, value in pairs
   ]
+
+
+def trainer(workdir, *args, **kwargs):
+  """The main that trains, as a process whose output is one pipe."""
+  return subprocess.Popen(
+    [sys.executable, "-m", "arflow_jax.train", f"--workdir={workdir}", *args],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    **kwargs,
+  )

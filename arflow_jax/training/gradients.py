@@ -26,10 +26,10 @@ def make(
 ) -> Callable[[Any, Batch, jax.Array], tuple[jax.Array, Any]]:
   """Builds `(params, batch, keys) -> (mean loss, gradients)`.
 
-  A layer's parameters are made whole where that layer uses them, except where
-  rows are cheaper to pass on than weights. With several
-  micro-batches all are made whole once a step, and each device adds up whole
-  gradients: memory for both, as if `fsdp` were 1.
+  A layer's parameters are made whole where that layer uses them, except those
+  of modulations (see `layers.Modulation`). With several micro-batches all are
+  made whole once a step, and each device adds up whole gradients: memory for
+  both, as if `fsdp` were 1.
 
   Args:
     branch: gives the loss.

@@ -1,27 +1,18 @@
-"""Runs: exact resume, fallbacks, refusals, clean stops."""
+"""Runs: exact resume, fallbacks, refusals."""
 
-import contextlib
-import itertools
 import json
 import os
-import pathlib
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 
-from arflow_jax.data import pipeline
-from arflow_jax.errors import STOPPED, ConfigError
+from arflow_jax.errors import ConfigError
 from arflow_jax.sampling import run
-from arflow_jax.training import checkpoint, listing, loop, telemetry
+from arflow_jax.training import checkpoint, listing, loop
 from arflow_jax.training import program as program_lib
-from tests import faults
-from tests.tiny import flags, stored_state, tiny_config
+from tests.tiny import flags, stored_state, tiny_config, trainer
 
 
 def _same(a, b) -> bool:
@@ -310,38 +301,6 @@ def test_averaged_weights_alone_restore(straight):
   assert not _same(restored.params, whole.params)
 
 
-def _train(workdir, *args, **kwargs):
-  return subprocess.Popen(
-    [sys.executable, "-m", "arflow_jax.train", f"--workdir={workdir}", *args],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    **kwargs,
-  )
-
-
-@pytest.mark.parametrize(
-  "number",
-  [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)],
-)
-def test_a_signal_saves_and_exits_cleanly(tmp_path, number):
-  args = flags(steps=100_000, checkpoint__every=100_000)
-  seen = ""
-  former = signal.signal(number, signal.SIG_DFL)  # nohup would be inherited
-  with _train(tmp_path, *args) as process:
-    signal.signal(number, former)
-    for line in process.stdout:
-      seen += line
-      if line.startswith("step "):
-        process.send_signal(number)
-        break
-    seen += process.stdout.read()
-  assert process.returncode == STOPPED, seen
-  assert "stopped after step" in seen
-  (step,) = listing.steps(str(tmp_path))
-  assert loop.train(tiny_config(steps=step + 1), str(tmp_path)) == step + 1
-
-
 def test_two_steps_at_most_are_under_way(monkeypatch):
   """So that a stop waits for no more of them, and NaN shows soon."""
   fetched = []
@@ -375,108 +334,6 @@ def test_means_cover_the_same_steps_after_an_interruption(tmp_path):
   assert {step: pieces[step] for step in whole} == whole
 
 
-def test_an_error_of_the_data_loses_no_state(tmp_path, monkeypatch, capsys):
-  """Also where the save before it has failed."""
-  batches = pipeline.batches
-
-  def failing(items, config, start, rows):
-    real = batches(items, config, start, rows)
-    yield from itertools.islice(real, 4)
-    real.close()
-    raise OSError("the disk does not answer")
-
-  monkeypatch.setattr(pipeline, "batches", failing)
-  writer = (
-    "orbax.checkpoint:v1.training.Checkpointer.save_checkpointables_async"
-  )
-  faults.fail(monkeypatch, writer, OSError(28, "No space left"), calls=(2,))
-  assert loop.train(tiny_config(steps=9), str(tmp_path)) == 4
-  assert listing.steps(str(tmp_path)) == [2, 4]
-  said = capsys.readouterr().out
-  assert "no data for step 5: the disk does not answer" in said
-  assert "stopped after step 4, saved; start the same command again" in said
-
-
-def test_an_error_of_the_first_data_is_one(copy, monkeypatch):
-  """Nothing is gained by starting again: no launcher does so for ever."""
-
-  def failing(*_):
-    yield from ()
-    raise OSError("the disk does not answer")
-
-  monkeypatch.setattr(pipeline, "batches", failing)
-  with pytest.raises(OSError, match="does not answer"):
-    loop.train(tiny_config(steps=9), str(copy))
-
-
-def _loaders(trainer):
-  """The process numbers of the loader processes of a trainer."""
-  found = []
-  for folder in pathlib.Path("/proc").glob("[0-9]*"):
-    with contextlib.suppress(OSError):  # it has ended
-      ours = f"\nPPid:\t{trainer.pid}\n" in (folder / "status").read_text()
-      if ours and "spawn_main" in (folder / "cmdline").read_text():
-        found.append(int(folder.name))
-  return found
-
-
-@pytest.mark.slow  # it waits for 11 s
-def test_a_killed_loader_ends_a_run_that_is_saved(tmp_path):
-  """In the middle of a batch that no pipe holds as a whole."""
-  if not os.path.exists("/proc"):
-    pytest.skip("no /proc to find the loaders in")
-  args = flags(
-    steps=100_000,
-    log__every=1000,
-    checkpoint__every=1000,
-    data__workers=2,
-    data__sequence_length=100,
-    batch_size=16,
-  )
-  with _train(tmp_path, *args) as process:
-    for line in process.stdout:
-      if line.startswith("step "):
-        break
-    loaders = _loaders(process)
-    for loader in loaders:
-      os.kill(loader, signal.SIGTERM)  # leaves it to the trainer
-    time.sleep(0.5)
-    os.kill(loaders[0], signal.SIGKILL)
-    said, _ = process.communicate(timeout=300)  # it hung for ever
-  assert process.returncode == STOPPED, said
-  assert "Traceback" not in said
-  step = listing.steps(str(tmp_path))[-1]
-  assert f"no data for step {step + 1}: a loader process has" in said
-  assert "lower data.workers\n" in said
-  assert f"stopped after step {step}, saved" in said
-
-
-def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path):
-  """While the step compiles; the process does not wait for that."""
-  with _train(tmp_path, *flags(model__depth=12)) as process:
-    for line in process.stdout:
-      if "compiling" in line:
-        process.send_signal(signal.SIGTERM)
-        break
-    said = process.stdout.read()
-  assert process.returncode == STOPPED
-  assert "nothing is lost, start the same command again" in said
-  assert "step 1" not in said
-
-
-def test_a_report_that_cannot_be_written_comes_after_the_checkpoint(
-  tmp_path, monkeypatch
-):
-  def full(self, step, metrics, **kwargs):
-    if step == 2:
-      raise OSError("No space left on device")
-
-  monkeypatch.setattr(telemetry.Telemetry, "report", full)
-  with pytest.raises(OSError, match="No space"):
-    loop.train(tiny_config(), str(tmp_path))
-  assert listing.steps(str(tmp_path)) == [2]
-
-
 def _losses(workdir):
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   return {line["step"]: line["loss"] for line in map(json.loads, lines)}
@@ -486,7 +343,7 @@ def test_any_mesh_trains_alike_and_resumes_anywhere(straight, tmp_path):
   """Eight CPU devices, a mesh with every axis, then one device."""
   environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
   args = flags(steps=3, mesh__fsdp=2, mesh__tensor=2)
-  with _train(tmp_path, *args, env=environment) as process:
+  with trainer(tmp_path, *args, env=environment) as process:
     output = process.stdout.read()
   assert process.returncode == 0, output
   assert "on 8 cpu device(s)" in output

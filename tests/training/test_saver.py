@@ -4,8 +4,6 @@ import concurrent.futures
 import contextlib
 import gc
 import json
-import subprocess
-import sys
 import time
 
 import jax
@@ -16,7 +14,7 @@ from arflow_jax.training import listing, loop, telemetry
 from arflow_jax.training import program as program_lib
 from arflow_jax.training.saver import Saver
 from tests import faults
-from tests.tiny import flags, stored_state, tiny_config
+from tests.tiny import flags, stored_state, tiny_config, trainer
 
 CONFIG = tiny_config(checkpoint__failures=3)
 
@@ -170,11 +168,8 @@ def test_training_outlives_a_disk_that_is_full_for_a_while(
 @pytest.mark.slow
 def test_a_run_that_outlived_failed_saves_ends_soon(tmp_path):
   """Threads of theirs would hold up the exit for minutes, and then speak."""
-  command = [sys.executable, "-m", "arflow_jax.train", f"--workdir={tmp_path}"]
-  command += flags(steps=400, checkpoint__every=10, log__every=10)
-  with subprocess.Popen(
-    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-  ) as process:
+  args = flags(steps=400, checkpoint__every=10, log__every=10)
+  with trainer(tmp_path, *args) as process:
     for line in process.stdout:
       if "10/" in line:
         break
