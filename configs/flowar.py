@@ -10,6 +10,9 @@ latents of ImageNet at 256 pixels (16 x 16 x 16, times 0.2325, random mirror):
 
     python -m arflow_jax.bench --config=configs/flowar.py:imagenet256-s \\
       --config.batch_size=2 --config.sample.block_size=4
+
+Each of them also in bfloat16, `-pod`, and so that the published batch of 2,048
+images fits one GPU by accumulation, `-gpu24` (not H) and `-gpu80`.
 """
 
 import re
@@ -25,6 +28,14 @@ _SIZES = {
   "s": (768, 6, 12, 2, 1024, False, 25, 4.3, 0.1),
   "l": (1024, 8, 16, 12, 1024, True, 25, 2.4, 0.1),
   "h": (1536, 15, 16, 12, 1536, True, 50, 2.4, 0.3),
+}
+# For one GPU of so many GB: remat and micro-batches.
+_GPU = {
+  ("s", "gpu24"): ("dots", 32),
+  ("l", "gpu24"): ("full", 64),
+  ("s", "gpu80"): ("dots", 8),
+  ("l", "gpu80"): ("dots", 16),
+  ("h", "gpu80"): ("full", 32),
 }
 _EPOCH = 1_281_167 // 2048  # steps, ImageNet at the published batch size
 
@@ -67,15 +78,18 @@ def get_config(variant: str = "digits") -> ConfigDict:
       "block_size": 16,  # images per compiled call
     }
   )
-  published = re.fullmatch(r"imagenet256-([slh])", variant)
+  published = re.fullmatch(
+    r"imagenet256-([slh])(?:-(pod|gpu24|gpu80))?", variant
+  )
   if variant == "digits":
     _digits(config)
   elif published:
     _published(config, published[1])
+    _place(config, published[1], published[2])
   else:
     raise ConfigError(
       f"unknown variant {variant!r} of configs/flowar.py; choose digits or"
-      " imagenet256-{s,l,h}"
+      " imagenet256-{s,l,h} with or without -pod, -gpu24 or -gpu80 behind it"
     )
   return config.lock()
 
@@ -90,6 +104,7 @@ def _published(config: ConfigDict, size: str) -> None:
   model.remat = "dots" if size == "s" else "full"
   sample.num_steps, sample.guidance, sample.guidance_low = sampling
   config.batch_size = 2048
+  config.mesh.fsdp = 0
   config.steps = 400 * _EPOCH
   config.data.flip = True
   optimizer = config.optimizer
@@ -101,6 +116,21 @@ def _published(config: ConfigDict, size: str) -> None:
   optimizer.weight_decay = 0.02
   optimizer.clip = "global_norm"
   optimizer.clip_threshold = 3.0
+
+
+def _place(config: ConfigDict, size: str, place: str | None) -> None:
+  """What a pod or one GPU needs other than the published recipe."""
+  if place is None:
+    return
+  config.model.dtype = "bfloat16"
+  if place == "pod":
+    return
+  if (size, place) not in _GPU:
+    raise ConfigError(
+      f"configs/flowar.py:imagenet256-{size}-{place}: weights, moments and"
+      " averages of FlowAR-H alone take 31 GB; choose imagenet256-h-gpu80"
+    )
+  config.model.remat, config.optimizer.accumulation = _GPU[size, place]
 
 
 def _digits(config: ConfigDict) -> None:

@@ -21,6 +21,7 @@ BAD = {
 # What is allowed, and why.
 ALLOWED = {
   "mesh.data": {-1: "takes the devices that are left"},
+  "mesh.fsdp": {0: "follows from the number of devices"},
   "seed": {0: "a seed as good as any"},
   "data.dir": {"nonsense": "digits need no folder", None: "nor any name"},
   "data.workers": {0: "threads load"},

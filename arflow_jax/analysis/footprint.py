@@ -115,10 +115,11 @@ def options(config: ConfigDict, devices: int) -> dict[str, list]:
 
   All but the batch leave what is computed as it is, but for rounding.
   """
-  shards = devices // config.mesh.tensor  # of a batch
+  _, fsdp, tensor = mesh_lib.sizes(config.mesh, devices)
+  shards = devices // tensor  # of a batch
   items, parts = config.batch_size // shards, config.optimizer.accumulation
   policies = list(REMAT)  # in the order of what they take
-  fsdp, policy = config.mesh.fsdp, config.model.remat
+  policy = config.model.remat
   powers = [fsdp * 2**i for i in range(1, devices.bit_length())]
   return {
     "model.remat": policies[policies.index(policy) + 1 :],

@@ -49,7 +49,7 @@ def check(
       for key, value in config.model.items()
       if type(value) is int
     )
-    split = f"or raise mesh.fsdp={config.mesh.fsdp}"
+    split = f"or raise mesh.fsdp={mesh.shape['fsdp']}"
     if parts > 1:
       split += f" with optimizer.accumulation=1 instead of {parts}"
     raise ConfigError(

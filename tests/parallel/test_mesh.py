@@ -70,6 +70,26 @@ def test_sizes_that_do_not_fit_are_refused_and_the_nearest_named(
   assert mesh_lib.sizes(_sizes(*nearest), 8) == nearest
 
 
+@pytest.mark.parametrize(
+  ("asked", "count", "found"),
+  [
+    ((-1, 0, 1), 1, (1, 1, 1)),
+    ((-1, 0, 1), 4, (1, 4, 1)),
+    ((-1, 0, 1), 6, (3, 2, 1)),
+    ((-1, 0, 1), 256, (16, 16, 1)),
+    ((-1, 0, 4), 8, (1, 2, 4)),
+    ((4, 0, 1), 8, (4, 2, 1)),
+    ((2, 0, -1), 8, (2, 4, 1)),
+  ],
+)
+def test_fsdp_can_follow_from_the_devices(asked, count, found):
+  assert mesh_lib.sizes(_sizes(*asked), count) == found
+
+
+def test_fsdp_from_the_devices_stays_within_a_slice():
+  assert mesh_lib.sizes(_sizes(fsdp=0), 16, slices=4) == (4, 4, 1)
+
+
 def test_only_one_axis_can_take_the_rest():
   with pytest.raises(ConfigError, match=r"mesh.fsdp=-1.* only one"):
     mesh_lib.sizes(_sizes(fsdp=-1), 8)
