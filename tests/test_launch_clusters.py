@@ -32,12 +32,13 @@ case "$*" in
   "-m venv --clear .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
   "-m pip install "*) echo "pip ${*: -1}" >>"$LOG" ;;
   "-m arflow_jax."*)
+    SHARE=$XLA_PYTHON_CLIENT_MEM_FRACTION
     if [ -n "${TIME_LIMIT:-}" ]; then
       trap 'exit 42' TERM
-      echo "main $* flags=$XLA_FLAGS" >>"$LOG"
+      echo "main $* flags=$XLA_FLAGS $SHARE" >>"$LOG"
       while :; do sleep 0.05; done
     fi
-    echo "main $* flags=$XLA_FLAGS" >>"$LOG"
+    echo "main $* flags=$XLA_FLAGS $SHARE" >>"$LOG"
     codes=(${CODES:-0 0})
     exit "${codes[SLURM_PROCID]}"
     ;;
@@ -167,7 +168,7 @@ def test_slurm_installs_once_and_runs_all_tasks(launch):
   assert calls.count("pip .[cuda]") == 1
   main = "main -m arflow_jax.train --config=configs/x.py --workdir=/shared/run"
   flag = "--xla_gpu_enable_latency_hiding_scheduler=true"
-  assert calls.count(f"{main} flags={flag}\n") == 2
+  assert calls.count(f"{main} flags={flag} .92\n") == 2
   assert "srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none bash" in calls
   assert "scontrol" not in calls
 
