@@ -245,7 +245,15 @@ def execute(module: types.ModuleType, argv: Sequence[str]) -> int:
 
 def run(name: str) -> None:
   """Executes the main of this name with the program's arguments and exits."""
-  code = execute(sys.modules[name], sys.argv[1:])
+  error = None
+  try:
+    code = execute(sys.modules[name], sys.argv[1:])
+  except Exception as found:
+    sys.excepthook(type(found), found, found.__traceback__)
+    error, code = found, 1
+  # Where there may be several: nothing heavy is imported for it.
+  processes = sys.modules.get("arflow_jax.parallel.processes")
+  left = bool(code == 1 and processes and processes.leave(error))
   others = [
     thread
     for thread in threading.enumerate()
@@ -253,12 +261,12 @@ def run(name: str) -> None:
     if thread is not threading.main_thread()
   ]
   end = time.monotonic() + _PATIENCE
-  for thread in others if code != 130 else ():
+  for thread in others if code != 130 and not left else ():
     with contextlib.suppress(Exception):  # Orbax's raise what they failed with
       thread.join(max(0.0, end - time.monotonic()))
   # Programs may still run on threads that an exit would crash. Those of a save
   # that has failed may wait for minutes, and the reader of loaders for ever.
-  if code == 130 or any(thread.is_alive() for thread in others):
+  if code == 130 or left or any(thread.is_alive() for thread in others):
     with contextlib.suppress(OSError, AttributeError):  # closed by the caller
       sys.stdout.flush()
     os._exit(code)

@@ -134,6 +134,7 @@ SHARED = {
   "ema.decay": PROBABILITY,
   **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor"), whole(-1)),
   "checkpoint.every": whole(),
+  "checkpoint.minutes": real("[0, 100_000]"),
   "checkpoint.keep": whole(),
   "checkpoint.keep_every": optional(whole()),
   "checkpoint.failures": whole(),

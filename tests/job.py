@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 
+from tests import tiny
+
 
 def two_processes(program: str, devices: int = 1) -> list[list[str]]:
   """The lines that each process prints; both must end well.
@@ -52,6 +54,30 @@ def started(program: str, devices: int = 1):
     finally:  # one that has failed leaves the other waiting
       for process in both:
         process.kill()
+
+
+_TRAIN = """
+import os, sys
+process = int(os.environ["JAX_PROCESS_ID"])
+{before}
+from arflow_jax import cli, signals, train
+signals.watch()  # as a main does
+sys.argv = ["train", *{args!r}]
+sys.modules["arflow_jax.train"] = train
+cli.run("arflow_jax.train")
+"""
+
+
+def trainers(workdir, before: str = "", **overrides):
+  """Two processes of a job that train a tiny model.
+
+  Args:
+    workdir: of the run.
+    before: Python text that each runs before; `process` is its number.
+    **overrides: `group__key=value`.
+  """
+  args = [f"--workdir={workdir}", *tiny.flags(**overrides)]
+  return started(_TRAIN.format(before=before, args=args))
 
 
 def _of_gloo(line: str) -> bool:

@@ -18,6 +18,7 @@ from arflow_jax.training import (
   run_files,
   telemetry,
 )
+from arflow_jax.training import feed as feed_lib
 from arflow_jax.training import program as program_lib
 from arflow_jax.training import saver as saver_lib
 from arflow_jax.training import stop as stop_lib
@@ -30,7 +31,9 @@ def train(config: ConfigDict, workdir: str) -> int:
   SIGTERM saves after the step in progress and returns, and so does data that
   can no longer be read. SIGINT saves too, and then raises KeyboardInterrupt; a
   second one raises it at once. Before the first step there is nothing to save:
-  a signal ends the process there.
+  a signal ends the process there. All processes of a job stop after the same
+  step, also where only one of them is asked to or lacks data, or JAX has notice
+  of a preemption.
 
   Args:
     config: the full config; see `config.FREE` for what a relaunch may change.
@@ -107,26 +110,26 @@ def _steps(
       telemetry.Telemetry(workdir, start, config.steps, images)
     ) as log,
   ):
+    feed = feed_lib.Feed(batches, start + 1)
+    feed.check(*processes.ask(lambda: [feed.trouble])())
     for step in range(start + 1, config.steps + 1):
-      try:
-        batch = next(batches)
-      except Exception as error:
-        if step - 1 == start:
-          raise
-        # What the data did is no fault of the steps before.
-        processes.say(f"no data for step {step}: {listing.reason(error)}")
-        metrics.means()
-        saver.finish(step - 1, state, metrics.window)
-        if not isinstance(error, OSError):  # a new start would fail again
-          raise
-        step -= 1
-        break
+      batch = feed.take(step < config.steps)
+      # Asked before the step is dispatched, answered when the one before is
+      # done: the devices wait for no host.
+      answers = processes.ask(
+        lambda step=step: (
+          stop.requested or processes.preempted(step),
+          saver.failed(),
+          saver.due(),
+          feed.trouble,
+        )
+      )
       state, latest = program.step(state, program.place(batch))
       metrics.add(step, latest)
-      asked, failed = processes.agree(stop.requested, saver.failed())
-      done = asked or step == config.steps
+      asked, failed, due, trouble = answers()
+      done = asked or trouble or step == config.steps
       again = failed and not done and saver.mend()
-      save = done or again or step % config.checkpoint.every == 0
+      save = done or again or due or step % config.checkpoint.every == 0
       first = step == start + 1
       # A mean covers fixed steps, whatever the launch that made them.
       whole = step % config.log.every == 0
@@ -136,6 +139,8 @@ def _steps(
       means = metrics.means()  # raises where one is not finite
       if whole:
         metrics.window = {}
+      if trouble:  # what the data did is no fault of the steps before
+        feed.tell()
       stop.begin()  # there is something to save from here on
       try:  # first: a kill after the save would leave a step without a record
         log.report(step, means, record=record)
@@ -148,6 +153,8 @@ def _steps(
         log.start_clock(step)
       if done:
         break
+    if trouble == feed_lib.BROKEN:
+      feed.check(trouble)
   if step < config.steps:
     processes.say(
       f"stopped after step {step}, saved; start the same command again to go on"

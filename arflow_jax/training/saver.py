@@ -38,6 +38,7 @@ class Saver:
     if config.checkpoint.keep_every:
       policies.append(_keep.EveryNSteps(config.checkpoint.keep_every))
     self._policy = _keep.AnyPreservationPolicy(policies)
+    self._last = time.monotonic()  # when a save began
     self._pending = None  # the save that is being written
     self._failures, self._failed_once = 0, False
     checkpoint.contents(state, config, {})
@@ -64,6 +65,15 @@ class Saver:
     """
     self.mend()
     self._begin(step, state, window)
+
+  def due(self) -> bool:
+    """Whether `checkpoint.minutes` have passed since the last save began.
+
+    One process alone looks at its clock, and tells the others.
+    """
+    minutes = self._config.checkpoint.minutes
+    passed = time.monotonic() - self._last
+    return minutes > 0 and processes.speaks() and passed >= 60 * minutes
 
   def failed(self) -> bool:
     """Whether the last save has failed, as far as this process knows."""
@@ -133,7 +143,7 @@ class Saver:
     self, step: int, state: TrainState, window: dict[str, float]
   ) -> None:
     items, about = checkpoint.contents(state, self._config, window)
-    self._step = step
+    self._step, self._last = step, time.monotonic()
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     try:
       self._writer = self._writer or self._open()

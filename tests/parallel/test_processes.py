@@ -30,6 +30,9 @@ mine, data = processes.local(array)
 np.testing.assert_array_equal(data, whole[mine])
 process = jax.process_index()
 flags = processes.agree(process == 1, False, True)
+answer = processes.ask(lambda: (process, 3 - process))
+total = jax.jit(lambda x: weights @ x)(array)  # dispatched in between
+flags += answer()
 processes.say("one voice")
 first = processes.common(rows)
 print(process, rows.tolist(), mine.tolist(), first.tolist(), flags)
@@ -39,7 +42,7 @@ print(process, rows.tolist(), mine.tolist(), first.tolist(), flags)
 def test_two_processes_with_scattered_rows():
   """Two processes of two devices, in an order that mixes their rows."""
   first, second = two_processes(PROGRAM, devices=2)
-  flags = "(True, False, True)"
+  flags = "(True, False, True, 1, 3)"
   ours = "[0, 1, 4, 5]"
   assert first == ["one voice", f"0 {ours} {ours} {ours} {flags}"]
   theirs, ours = ours, "[2, 3, 6, 7]"
@@ -66,6 +69,12 @@ def test_one_process_is_the_case_of_one():
   processes.start()
   assert processes.speaks()
   assert processes.agree(True, False) == (True, False)
+  seen = [1]
+  answer = processes.ask(lambda: seen)
+  seen[0] = 2  # the latest counts
+  assert answer() == (2,)
+  assert not processes.preempted(1)
+  assert not processes.leave(ValueError())
   assert processes.common(np.arange(3)).tolist() == [0, 1, 2]
   np.testing.assert_array_equal(processes.rows(sharding, 5), np.arange(5))
   images = np.arange(10).reshape(5, 2)
