@@ -64,6 +64,7 @@ def default_config() -> ConfigDict:
   optimizer.weight_decay = 0.0
   optimizer.clip = "none"  # or "value", "global_norm"
   optimizer.clip_threshold = 1.0
+  optimizer.skip_nonfinite = False  # skips updates that are not finite
   optimizer.accumulation = 1  # micro-batches per step
 
   config.ema = ConfigDict({"decay": 0.9999})

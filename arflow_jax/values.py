@@ -130,6 +130,7 @@ SHARED = {
   "optimizer.eps": real("(0, 1]"),
   "optimizer.weight_decay": real("[0, 1000]"),
   "optimizer.clip_threshold": real("(0, 1e30]"),
+  "optimizer.skip_nonfinite": switch,
   "optimizer.accumulation": whole(),
   "ema.decay": PROBABILITY,
   **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor"), whole(-1)),

@@ -24,6 +24,10 @@ from arflow_jax.training import saver as saver_lib
 from arflow_jax.training import stop as stop_lib
 from arflow_jax.training.state import TrainState
 
+# So many steps in a row without an update are an error: by then it is no
+# unlucky batch.
+_SKIPPED = 10
+
 
 def train(config: ConfigDict, workdir: str) -> int:
   """Trains until `config.steps`, resuming from the newest checkpoint.
@@ -44,7 +48,8 @@ def train(config: ConfigDict, workdir: str) -> int:
 
   Raises:
     ConfigError: settings that cannot work, or a frozen key changed.
-    FloatingPointError: a loss or gradient that is not finite.
+    FloatingPointError: a loss or gradient that is not finite; with
+      `optimizer.skip_nonfinite` ten in a row.
   """
   processes.start()
   paths.check_workdir(workdir)
@@ -182,12 +187,14 @@ class _Metrics:
   """Metrics of the steps, checked and added up as the devices give them.
 
   Attributes:
-    window: sums since the last record; `steps` counts them. Stored with every
+    window: sums since the last record; `steps` counts them, and `skipped` those
+      without an update, of which there is nothing else in it. Stored with every
       checkpoint: an interruption changes no mean.
   """
 
   def __init__(self, window: dict[str, float]):
     self.window = dict(window)
+    self._skipped = 0  # in a row
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -202,21 +209,35 @@ class _Metrics:
     self._pending = step, metrics
 
   def means(self) -> dict[str, float]:
-    """Means over the window, up to the last step.
+    """Means over the window, up to the last step, and how many were `skipped`.
+
+    The loss is not a number where all of them were.
 
     Raises:
       FloatingPointError: a value that is not finite, naming its step.
     """
     self._fetch()
     sums = dict(self.window)
-    steps = sums.pop("steps", 1)
-    return {name: total / steps for name, total in sums.items()}
+    counted = {k: sums.pop(k) for k in ("skipped",) if k in sums}
+    steps = sums.pop("steps", 1) - counted.get("skipped", 0)
+    means = {name: total / steps for name, total in sums.items()}
+    return {"loss": math.nan} | means | counted
 
   def _fetch(self):
     if self._pending is None:
       return
     (step, metrics), self._pending = self._pending, None
-    for name, value in ({"steps": 1} | jax.device_get(metrics)).items():
-      if not math.isfinite(value):
-        raise FloatingPointError(f"{name} is {value} at step {step}")
+    found = {"steps": 1} | jax.device_get(metrics)
+    skipped = bool(found.get("skipped", 0))
+    self._skipped = self._skipped + 1 if skipped else 0
+    wrong = [f"{k} is {v}" for k, v in found.items() if not math.isfinite(v)]
+    if wrong:
+      text = f"{wrong[0]} at step {step}"
+      if not skipped:
+        raise FloatingPointError(text)
+      if self._skipped == _SKIPPED:
+        raise FloatingPointError(f"{text}, the {_SKIPPED}th such step in a row")
+      processes.say(f"{text}: its update is skipped")
+      found = {"steps": 1, "skipped": 1}
+    for name, value in found.items():
       self.window[name] = self.window.get(name, 0) + float(value)
