@@ -56,28 +56,47 @@ def started(program: str, devices: int = 1):
         process.kill()
 
 
-_TRAIN = """
-import os, sys
+_MAIN = """
+import importlib, os, sys
 process = int(os.environ["JAX_PROCESS_ID"])
 {before}
-from arflow_jax import cli, signals, train
+from arflow_jax import cli, signals
 signals.watch()  # as a main does
-sys.argv = ["train", *{args!r}]
-sys.modules["arflow_jax.train"] = train
-cli.run("arflow_jax.train")
+name, *sys.argv[1:] = {command!r}
+sys.modules[name] = importlib.import_module(name)
+cli.run(name)
 """
 
 
+def mains(*command: str, before: str = ""):
+  """Two processes of a job that run a main.
+
+  Args:
+    *command: the main, `arflow_jax.train`, and its flags.
+    before: Python text that each runs before; `process` is its number.
+  """
+  return started(_MAIN.format(before=before, command=command))
+
+
 def trainers(workdir, before: str = "", **overrides):
-  """Two processes of a job that train a tiny model.
+  """Two processes of a job that train a tiny model; see `mains`.
 
   Args:
     workdir: of the run.
-    before: Python text that each runs before; `process` is its number.
+    before: as for `mains`.
     **overrides: `group__key=value`.
   """
-  args = [f"--workdir={workdir}", *tiny.flags(**overrides)]
-  return started(_TRAIN.format(before=before, args=args))
+  flags = [f"--workdir={workdir}", *tiny.flags(**overrides)]
+  return mains("arflow_jax.train", *flags, before=before)
+
+
+# Sends a signal to process 1 alone, at a point of `faults`.
+STRUCK = """
+import signal
+from tests import faults
+if process == 1:
+  faults._strike({point!r}, signal.{number})
+"""
 
 
 def _of_gloo(line: str) -> bool:

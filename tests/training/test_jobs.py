@@ -7,15 +7,10 @@ import pytest
 
 from arflow_jax.errors import STOPPED
 from arflow_jax.training import listing
-from tests.job import trainers
+from tests.job import STRUCK, trainers
 
 # What happens to process 1 alone, in its fourth step.
-STRUCK = """
-import signal
-from tests import faults
-if process == 1:
-  faults._strike("in a step", signal.SIGTERM)
-"""
+SIGNAL = STRUCK.format(point="in a step", number="SIGTERM")
 NOTICE = """
 import itertools
 from arflow_jax.parallel import preemption
@@ -49,7 +44,7 @@ def _ended(both):
 @pytest.mark.parametrize(
   ("before", "after"),
   [
-    (STRUCK, 5),
+    (SIGNAL, 5),
     pytest.param(NOTICE, None, marks=pytest.mark.slow),
     pytest.param(
       NO_DATA.format(count=5, error="OSError"), 5, marks=pytest.mark.slow
