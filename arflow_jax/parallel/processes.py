@@ -113,21 +113,22 @@ def leave(error: BaseException | None) -> bool:
   """Parts from the other processes before this one ends with an error.
 
   Where it fails alone they wait for it in vain, and as it ends it would wait
-  for them: so it goes without them, and JAX ends them within `HEARTBEAT`. What
-  JAX raises may come of a process that is lost: then JAX ends this one too.
+  for them: so it goes without them, and JAX ends them within `HEARTBEAT`. Most
+  errors may come of another process that is lost: time is given to JAX to find
+  out, which then ends this one as well.
 
   Args:
-    error: what nobody has caught.
+    error: why it ends.
 
   Returns:
     Whether it has to end without the others.
   """
   if not jax.distributed.is_initialized():
     return False
-  lost = isinstance(error, jax.errors.JaxRuntimeError)
+  own = isinstance(error, ConfigError) and error.__cause__ is None
   thread = threading.Thread(target=jax.distributed.shutdown, daemon=True)
   thread.start()
-  thread.join(HEARTBEAT + _PARTING if lost else _PARTING)
+  thread.join(_PARTING if own else HEARTBEAT + _PARTING)
   return thread.is_alive()
 
 

@@ -3,6 +3,7 @@
 import pathlib
 import re
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -82,6 +83,38 @@ def test_one_process_is_the_case_of_one():
   rows, data = processes.local(array)
   np.testing.assert_array_equal(rows, np.arange(5))
   np.testing.assert_array_equal(data, images)
+
+
+def _caused(error):
+  error.__cause__ = jax.errors.JaxRuntimeError("a peer is gone")
+  return error
+
+
+@pytest.mark.parametrize(
+  ("error", "own"),
+  [
+    (ConfigError("a setting"), True),
+    (_caused(ConfigError("a read")), False),
+    (OSError("a save"), False),
+    (jax.errors.JaxRuntimeError("a peer is gone"), False),
+  ],
+)
+@pytest.mark.parametrize("met", [True, False])
+def test_who_fails_leaves_when_no_other_can_be_the_cause(
+  monkeypatch, error, own, met
+):
+  others, waits = threading.Event(), []
+  if met:
+    others.set()
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(jax.distributed, "shutdown", others.wait)
+  join = threading.Thread.join
+  monkeypatch.setattr(
+    threading.Thread, "join", lambda t, s: waits.append(s) or join(t, 0.2)
+  )
+  assert processes.leave(error) is not met
+  others.set()
+  assert waits == [5 if own else processes.HEARTBEAT + 5]
 
 
 @pytest.mark.parametrize(
