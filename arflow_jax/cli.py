@@ -218,34 +218,49 @@ def execute(module: types.ModuleType, argv: Sequence[str]) -> int:
     the same command goes on; 1 an error that a restart will not mend; 2 a usage
     error; 130 interrupted.
   """
+  return _execute(module, argv)[0]
+
+
+def _execute(
+  module: types.ModuleType, argv: Sequence[str]
+) -> tuple[int, BaseException | None]:
+  """The exit code, and the error that is its reason."""
   own = Flags()
   module.define(own)
   try:
     args = own.parse(argv)
   except (flags.Error, ValueError) as error:
-    return _fail(error, 2)
+    return _fail(error, 2), error
   if args is None:
     console.say(f"{module.__doc__.strip()}\n\n{own.help()}")
-    return 0
+    return 0, None
   try:
     code = module.main(args)
   except (ConfigError, FloatingPointError, OSError) as error:
-    return _fail(error, 1)
+    return _fail(error, 1), error
   except (MemoryError, RuntimeError) as error:
     reason = str(error).partition("\n")[0]
     if "out of memory" not in reason.lower() and not isinstance(
       error, MemoryError
     ):
       raise  # as JAX says it of a device
-    return _fail(f"a batch or block is too large for the memory: {reason}", 1)
-  except KeyboardInterrupt:
-    return _fail("interrupted", 130)
-  return code or 0
+    text = f"a batch or block is too large for the memory: {reason}"
+    return _fail(text, 1), error
+  except KeyboardInterrupt as error:
+    return _fail("interrupted", 130), error
+  return code or 0, None
 
 
 def run(name: str) -> None:
   """Executes the main of this name with the program's arguments and exits."""
-  code = execute(sys.modules[name], sys.argv[1:])
+  try:
+    code, error = _execute(sys.modules[name], sys.argv[1:])
+  except Exception as found:
+    sys.excepthook(type(found), found, found.__traceback__)
+    error, code = found, 1
+  # Where there may be several: nothing heavy is imported for it.
+  processes = sys.modules.get("arflow_jax.parallel.processes")
+  left = bool(code == 1 and processes and processes.leave(error))
   others = [
     thread
     for thread in threading.enumerate()
@@ -253,12 +268,12 @@ def run(name: str) -> None:
     if thread is not threading.main_thread()
   ]
   end = time.monotonic() + _PATIENCE
-  for thread in others if code != 130 else ():
+  for thread in others if code != 130 and not left else ():
     with contextlib.suppress(Exception):  # Orbax's raise what they failed with
       thread.join(max(0.0, end - time.monotonic()))
   # Programs may still run on threads that an exit would crash. Those of a save
   # that has failed may wait for minutes, and the reader of loaders for ever.
-  if code == 130 or any(thread.is_alive() for thread in others):
+  if code == 130 or left or any(thread.is_alive() for thread in others):
     with contextlib.suppress(OSError, AttributeError):  # closed by the caller
       sys.stdout.flush()
     os._exit(code)

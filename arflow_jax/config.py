@@ -64,6 +64,7 @@ def default_config() -> ConfigDict:
   optimizer.weight_decay = 0.0
   optimizer.clip = "none"  # or "value", "global_norm"
   optimizer.clip_threshold = 1.0
+  optimizer.skip_nonfinite = False  # skips updates that are not finite
   optimizer.accumulation = 1  # micro-batches per step
 
   config.ema = ConfigDict({"decay": 0.9999})
@@ -74,6 +75,7 @@ def default_config() -> ConfigDict:
   mesh.tensor = 1  # splits heads and hidden features inside a layer
   config.checkpoint = checkpoint = ConfigDict()
   checkpoint.every = 10_000  # steps between checkpoints
+  checkpoint.minutes = 0.0  # also after so many; 0: by steps alone
   checkpoint.keep = 3  # the newest this many stay
   checkpoint.keep_every = config_dict.placeholder(int)  # and every k-th step
   checkpoint.failures = 5  # saves that fail in a row before training stops

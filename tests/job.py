@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 
+from tests import tiny
+
 
 def two_processes(program: str, devices: int = 1) -> list[list[str]]:
   """The lines that each process prints; both must end well.
@@ -52,6 +54,49 @@ def started(program: str, devices: int = 1):
     finally:  # one that has failed leaves the other waiting
       for process in both:
         process.kill()
+
+
+_MAIN = """
+import importlib, os, sys
+process = int(os.environ["JAX_PROCESS_ID"])
+{before}
+from arflow_jax import cli, signals
+signals.watch()  # as a main does
+name, *sys.argv[1:] = {command!r}
+sys.modules[name] = importlib.import_module(name)
+cli.run(name)
+"""
+
+
+def mains(*command: str, before: str = ""):
+  """Two processes of a job that run a main.
+
+  Args:
+    *command: the main, `arflow_jax.train`, and its flags.
+    before: Python text that each runs before; `process` is its number.
+  """
+  return started(_MAIN.format(before=before, command=command))
+
+
+def trainers(workdir, before: str = "", **overrides):
+  """Two processes of a job that train a tiny model; see `mains`.
+
+  Args:
+    workdir: of the run.
+    before: as for `mains`.
+    **overrides: `group__key=value`.
+  """
+  flags = [f"--workdir={workdir}", *tiny.flags(**overrides)]
+  return mains("arflow_jax.train", *flags, before=before)
+
+
+# Sends a signal to process 1 alone, at a point of `faults`.
+STRUCK = """
+import signal
+from tests import faults
+if process == 1:
+  faults._strike({point!r}, signal.{number})
+"""
 
 
 def _of_gloo(line: str) -> bool:

@@ -32,6 +32,7 @@ ALLOWED = {
   "optimizer.b2": {0: "the square of the last gradient"},
   "optimizer.clip_threshold": {1e30: "never clips"},
   "ema.decay": {0: "no average"},
+  "checkpoint.minutes": {0: "by steps alone"},
   "checkpoint.keep_every": {None: "keeps none but the newest"},
   "model.label_dropout": {0: "labels are never dropped"},
   "model.dropout": {0: "none"},

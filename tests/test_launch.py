@@ -186,7 +186,8 @@ def test_several_processes_share_the_gpus(launch, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("dies", "code", "whole"), [("1", "1", 1), ("0", "3", 3), ("1", "137", 42)]
+  ("dies", "code", "whole"),
+  [("1", "1", 1), ("0", "3", 3), ("1", "137", 42), ("1", "134", 42)],
 )
 def test_if_one_process_dies_the_others_are_stopped(
   launch, tmp_path, dies, code, whole

@@ -175,7 +175,13 @@ def test_slurm_installs_once_and_runs_all_tasks(launch):
 
 @pytest.mark.parametrize(
   ("codes", "code", "again"),
-  [("42 42", 42, 1), ("134 42", 42, 1), ("134 1", 1, 0), ("2 2", 2, 0)],
+  [
+    ("42 42", 42, 1),
+    ("134 42", 42, 1),
+    ("134 137", 134, 1),
+    ("134 1", 1, 0),
+    ("2 2", 2, 0),
+  ],
 )
 def test_slurm_queues_again_what_can_go_on(launch, codes, code, again):
   done, calls = _sbatch(launch, *TASK, CODES=codes)

@@ -10,6 +10,8 @@ import time
 import numpy as np
 import pytest
 
+from tests.job import STRUCK, mains
+
 ROOT = pathlib.Path(__file__).parents[1]
 TINY_RUN = ROOT / "tests" / "sampling" / "tiny_run"
 ENDS = {
@@ -98,6 +100,25 @@ def test_a_signal_while_python_imports(main, after, number, tmp_path):
 def test_a_signal_at_any_instant(main, number, tmp_path):
   for after in (0, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 1.5, 2, 3, 5):
     _check(main, tmp_path / str(after), after, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("main", "point"),
+  [("sample", "while drawing"), ("evaluate", "before drawing")],
+)
+def test_a_signal_to_one_of_two_ends_both(main, point, tmp_path):
+  """JAX has a handler of its own there. The other waits for a lost process."""
+  command = [f"arflow_jax.{main}", f"--workdir={TINY_RUN}"]
+  command += [f"--out={tmp_path}/x"] if main == "sample" else []
+  before = STRUCK.format(point=point, number="SIGTERM")
+  with mains(*command, before=before) as both:
+    assert "start the same command again" in both[1].communicate(timeout=100)[1]
+    ended = time.monotonic()
+    assert both[1].returncode == 42
+    both[0].communicate(timeout=60)
+    assert both[0].returncode == -signal.SIGABRT
+    assert time.monotonic() - ended < 30
 
 
 WAITING = """

@@ -183,7 +183,7 @@ def test_another_main_installs_nothing_anew(cloud):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", ["42", "137"])
+@pytest.mark.parametrize("code", ["42", "134", "137"])
 def test_a_stopped_main_is_resumed_until_it_has_finished(cloud, code):
   done = _runs(cloud, code, code, "0")
   assert done.returncode == int(code)

@@ -5,22 +5,25 @@ asks JAX for a process index or a process count.
 """
 
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from arflow_jax import console
 from arflow_jax.errors import ConfigError
-from arflow_jax.parallel import rendezvous
+from arflow_jax.parallel import preemption, rendezvous
 
 # Seconds without a sign of life after which a process counts as lost; JAX then
 # ends the others, whatever they wait for. By itself JAX waits for 100 s.
 HEARTBEAT = 20
+_PARTING = 5.0  # seconds that the others have to fail as well
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = (
   "SLURM_JOB_ID",
@@ -49,7 +52,8 @@ def start() -> None:
       _join(given)
   elif known_to_jax(os.environ, jax.config.jax_platforms):
     try:
-      jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+      with preemption.beside():
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
     except (OSError, RuntimeError, ValueError) as error:
       used = "must be called before" in str(error)  # a device, by the caller
       if not (used and jax.process_count() == 1):
@@ -99,9 +103,33 @@ def _join(given: dict[str, str | None]) -> None:
       f" numbered from 0 to {count - 1}"
     )
   rendezvous.meet(address, count, number)
-  jax.distributed.initialize(
-    address, count, number, heartbeat_timeout_seconds=HEARTBEAT
-  )
+  with preemption.beside():
+    jax.distributed.initialize(
+      address, count, number, heartbeat_timeout_seconds=HEARTBEAT
+    )
+
+
+def leave(error: BaseException | None) -> bool:
+  """Parts from the other processes before this one ends with an error.
+
+  Where it fails alone they wait for it in vain, and as it ends it would wait
+  for them: so it goes without them, and JAX ends them within `HEARTBEAT`. Most
+  errors may come of another process that is lost: time is given to JAX to find
+  out, which then ends this one as well.
+
+  Args:
+    error: why it ends.
+
+  Returns:
+    Whether it has to end without the others.
+  """
+  if not jax.distributed.is_initialized():
+    return False
+  own = isinstance(error, ConfigError) and error.__cause__ is None
+  thread = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+  thread.start()
+  thread.join(_PARTING if own else HEARTBEAT + _PARTING)
+  return thread.is_alive()
 
 
 def speaks() -> bool:
@@ -115,13 +143,60 @@ def say(text: str) -> None:
     console.say(text)
 
 
+def complain(text: str) -> None:
+  """Prints a line from this process, whichever it is, and says which."""
+  alone = jax.process_count() == 1
+  console.say(text if alone else f"process {jax.process_index()}: {text}")
+
+
 def agree(*flags: bool) -> tuple[bool, ...]:
   """Each flag is True in every process where any of them says True.
 
   All processes have to call it.
   """
-  every = multihost_utils.process_allgather(np.asarray(flags))
-  return tuple(every.reshape(-1, len(flags)).any(0).tolist())
+  return tuple(map(bool, ask(lambda: flags)()))
+
+
+def ask(values: Callable[[], Sequence[int]]) -> Callable[[], tuple[int, ...]]:
+  """Begins to find the largest of each number over all processes.
+
+  Returns at once: it takes its turn on the devices, and its answer is there
+  when what was dispatched before is done. All processes have to call it, at the
+  same place among their programs.
+
+  Args:
+    values: gives the numbers of this process, as many in each. Of several
+      processes it is called now, in a process alone with the answer.
+
+  Returns:
+    What waits for the answer, the same in every process.
+  """
+  if jax.process_count() == 1:
+    return lambda: tuple(map(int, values()))
+  mine = np.asarray([values()], np.int32)
+  mesh = Mesh(np.asarray(jax.devices()), ("devices",))
+  every = jax.make_array_from_callback(
+    (mesh.size, mine.size), NamedSharding(mesh, P("devices")), lambda _: mine
+  )
+  with jax.set_mesh(mesh):
+    largest = jax.jit(_largest, out_shardings=P())(every)
+  return lambda: tuple(np.asarray(largest).tolist())
+
+
+def _largest(numbers: jax.Array) -> jax.Array:
+  return numbers.max(0)
+
+
+def preempted(step: int) -> bool:
+  """Whether JAX was told of a preemption, and this is the step to stop after.
+
+  All processes call it for each step, and are told so for the same one.
+  """
+  return (
+    jax.distributed.is_initialized()
+    and jax.config.jax_enable_preemption_service
+    and multihost_utils.reached_preemption_sync_point(step)
+  )
 
 
 def meet() -> None:

@@ -18,10 +18,15 @@ from arflow_jax.training import (
   run_files,
   telemetry,
 )
+from arflow_jax.training import feed as feed_lib
 from arflow_jax.training import program as program_lib
 from arflow_jax.training import saver as saver_lib
 from arflow_jax.training import stop as stop_lib
 from arflow_jax.training.state import TrainState
+
+# So many steps in a row without an update are an error: by then it is no
+# unlucky batch.
+_SKIPPED = 10
 
 
 def train(config: ConfigDict, workdir: str) -> int:
@@ -30,7 +35,9 @@ def train(config: ConfigDict, workdir: str) -> int:
   SIGTERM saves after the step in progress and returns, and so does data that
   can no longer be read. SIGINT saves too, and then raises KeyboardInterrupt; a
   second one raises it at once. Before the first step there is nothing to save:
-  a signal ends the process there.
+  a signal ends the process there. All processes of a job stop after the same
+  step, also where only one of them is asked to or lacks data, or JAX has notice
+  of a preemption.
 
   Args:
     config: the full config; see `config.FREE` for what a relaunch may change.
@@ -41,7 +48,8 @@ def train(config: ConfigDict, workdir: str) -> int:
 
   Raises:
     ConfigError: settings that cannot work, or a frozen key changed.
-    FloatingPointError: a loss or gradient that is not finite.
+    FloatingPointError: a loss or gradient that is not finite; with
+      `optimizer.skip_nonfinite` ten in a row.
   """
   processes.start()
   paths.check_workdir(workdir)
@@ -107,26 +115,26 @@ def _steps(
       telemetry.Telemetry(workdir, start, config.steps, images)
     ) as log,
   ):
+    feed = feed_lib.Feed(batches, start + 1)
+    feed.check(*processes.ask(lambda: [feed.trouble])())
     for step in range(start + 1, config.steps + 1):
-      try:
-        batch = next(batches)
-      except Exception as error:
-        if step - 1 == start:
-          raise
-        # What the data did is no fault of the steps before.
-        processes.say(f"no data for step {step}: {listing.reason(error)}")
-        metrics.means()
-        saver.finish(step - 1, state, metrics.window)
-        if not isinstance(error, OSError):  # a new start would fail again
-          raise
-        step -= 1
-        break
+      batch = feed.take(step < config.steps)
+      # Asked before the step is dispatched, answered when the one before is
+      # done: the devices wait for no host.
+      answers = processes.ask(
+        lambda step=step: (
+          stop.requested or processes.preempted(step),
+          saver.failed(),
+          saver.due(),
+          feed.trouble,
+        )
+      )
       state, latest = program.step(state, program.place(batch))
       metrics.add(step, latest)
-      asked, failed = processes.agree(stop.requested, saver.failed())
-      done = asked or step == config.steps
+      asked, failed, due, trouble = answers()
+      done = asked or trouble or step == config.steps
       again = failed and not done and saver.mend()
-      save = done or again or step % config.checkpoint.every == 0
+      save = done or again or due or step % config.checkpoint.every == 0
       first = step == start + 1
       # A mean covers fixed steps, whatever the launch that made them.
       whole = step % config.log.every == 0
@@ -136,6 +144,8 @@ def _steps(
       means = metrics.means()  # raises where one is not finite
       if whole:
         metrics.window = {}
+      if trouble:  # what the data did is no fault of the steps before
+        feed.tell()
       stop.begin()  # there is something to save from here on
       try:  # first: a kill after the save would leave a step without a record
         log.report(step, means, record=record)
@@ -148,6 +158,8 @@ def _steps(
         log.start_clock(step)
       if done:
         break
+    if trouble == feed_lib.BROKEN:
+      feed.check(trouble)
   if step < config.steps:
     processes.say(
       f"stopped after step {step}, saved; start the same command again to go on"
@@ -175,12 +187,14 @@ class _Metrics:
   """Metrics of the steps, checked and added up as the devices give them.
 
   Attributes:
-    window: sums since the last record; `steps` counts them. Stored with every
+    window: sums since the last record; `steps` counts them, and `skipped` those
+      without an update, of which there is nothing else in it. Stored with every
       checkpoint: an interruption changes no mean.
   """
 
   def __init__(self, window: dict[str, float]):
     self.window = dict(window)
+    self._skipped = 0  # in a row
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -195,21 +209,35 @@ class _Metrics:
     self._pending = step, metrics
 
   def means(self) -> dict[str, float]:
-    """Means over the window, up to the last step.
+    """Means over the window, up to the last step, and how many were `skipped`.
+
+    The loss is not a number where all of them were.
 
     Raises:
       FloatingPointError: a value that is not finite, naming its step.
     """
     self._fetch()
     sums = dict(self.window)
-    steps = sums.pop("steps", 1)
-    return {name: total / steps for name, total in sums.items()}
+    counted = {k: sums.pop(k) for k in ("skipped",) if k in sums}
+    steps = sums.pop("steps", 1) - counted.get("skipped", 0)
+    means = {name: total / steps for name, total in sums.items()}
+    return {"loss": math.nan} | means | counted
 
   def _fetch(self):
     if self._pending is None:
       return
     (step, metrics), self._pending = self._pending, None
-    for name, value in ({"steps": 1} | jax.device_get(metrics)).items():
-      if not math.isfinite(value):
-        raise FloatingPointError(f"{name} is {value} at step {step}")
+    found = {"steps": 1} | jax.device_get(metrics)
+    skipped = bool(found.get("skipped", 0))
+    self._skipped = self._skipped + 1 if skipped else 0
+    wrong = [f"{k} is {v}" for k, v in found.items() if not math.isfinite(v)]
+    if wrong:
+      text = f"{wrong[0]} at step {step}"
+      if not skipped:
+        raise FloatingPointError(text)
+      if self._skipped == _SKIPPED:
+        raise FloatingPointError(f"{text}, the {_SKIPPED}th such step in a row")
+      processes.say(f"{text}: its update is skipped")
+      found = {"steps": 1, "skipped": 1}
+    for name, value in found.items():
       self.window[name] = self.window.get(name, 0) + float(value)

@@ -3,17 +3,15 @@
 import concurrent.futures
 import contextlib
 import gc
-import shutil
 import time
 import warnings
 
 import jax
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
-from tqdm import tqdm
 
 from arflow_jax.parallel import processes
-from arflow_jax.training import checkpoint, echoes, listing
+from arflow_jax.training import checkpoint, echoes, listing, room
 from arflow_jax.training.state import TrainState
 
 _keep = ocp.training.preservation_policies
@@ -38,8 +36,11 @@ class Saver:
     if config.checkpoint.keep_every:
       policies.append(_keep.EveryNSteps(config.checkpoint.keep_every))
     self._policy = _keep.AnyPreservationPolicy(policies)
+    self._last = time.monotonic()  # when a save began
     self._pending = None  # the save that is being written
     self._failures, self._failed_once = 0, False
+    self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    room.announce(self._bytes, workdir, config)
     checkpoint.contents(state, config, {})
     try:
       self._writer = self._open()
@@ -64,6 +65,15 @@ class Saver:
     """
     self.mend()
     self._begin(step, state, window)
+
+  def due(self) -> bool:
+    """Whether `checkpoint.minutes` have passed since the last save began.
+
+    One process alone looks at its clock, and tells the others.
+    """
+    minutes = self._config.checkpoint.minutes
+    passed = time.monotonic() - self._last
+    return minutes > 0 and processes.speaks() and passed >= 60 * minutes
 
   def failed(self) -> bool:
     """Whether the last save has failed, as far as this process knows."""
@@ -133,8 +143,7 @@ class Saver:
     self, step: int, state: TrainState, window: dict[str, float]
   ) -> None:
     items, about = checkpoint.contents(state, self._config, window)
-    self._step = step
-    self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    self._step, self._last = step, time.monotonic()
     try:
       self._writer = self._writer or self._open()
       written = self._writer.save_checkpointables_async(
@@ -192,15 +201,8 @@ class Saver:
       self._failures = 0
       return ""
     self._failures += 1
-    return f"step {self._step} could not be saved ({why}; {self._room()})"
-
-  def _room(self) -> str:
-    size = lambda count: tqdm.format_sizeof(count, "B")
-    room = f"it needs up to {size(self._bytes)}"
-    with contextlib.suppress(OSError):  # a bucket, or a folder that is gone
-      free = shutil.disk_usage(self._workdir).free
-      room += f", {size(free)} are free in {self._workdir}"
-    return room
+    space = room.left(self._bytes, self._workdir)
+    return f"step {self._step} could not be saved ({why}; {space})"
 
 
 def _raiser(error):

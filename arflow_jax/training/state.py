@@ -120,7 +120,9 @@ def make_train_step(
   """Builds `step(state, batch) -> (state, metrics)`, jitted; donates `state`.
 
   Metrics are scalars: `loss`, `grad_norm` before clipping, and `param_norm`
-  after the update.
+  after the update. With `optimizer.skip_nonfinite` a step whose loss or
+  gradient is not finite leaves parameters, moments and averages as they were;
+  it counts as a step, and `skipped` is 1.
 
   Args:
     branch: gives the loss.
@@ -140,15 +142,19 @@ def make_train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = average(state.ema, params, decay)
-    state = TrainState(
-      step=state.step + 1, params=params, ema=ema, opt_state=opt_state
-    )
-    # The last one tells whether this very state is fit to be saved.
-    metrics = {
-      "loss": loss,
-      "grad_norm": optax.tree.norm(grads),
-      "param_norm": optax.tree.norm(params),
-    }
+    before = state.replace(step=state.step + 1)
+    state = before.replace(params=params, ema=ema, opt_state=opt_state)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    if config.optimizer.skip_nonfinite:
+      # Not optax.apply_if_finite: it looks at every array again, leaves the
+      # average to us, and would be one more tree in checkpoints.
+      finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+      state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), state, before
+      )
+      metrics["skipped"] = 1.0 - finite
+    # Tells whether this very state is fit to be saved.
+    metrics["param_norm"] = optax.tree.norm(state.params)
     return state, metrics
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

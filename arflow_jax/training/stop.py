@@ -6,6 +6,7 @@ import signal
 import threading
 
 from arflow_jax.errors import STOPPED
+from arflow_jax.parallel import preemption
 
 
 class Stop:
@@ -14,8 +15,8 @@ class Stop:
   Until `begin` there is nothing to lose, and a signal ends the process at once:
   a thread hears it even while XLA compiles, when Python's own handlers wait. A
   second SIGINT raises KeyboardInterrupt. What the process was told to ignore,
-  as by `nohup`, it ignores. As a context manager it puts the former handlers
-  back.
+  as by `nohup`, it ignores. SIGTERM is passed on to JAX. As a context manager
+  it puts the former handlers back.
 
   Attributes:
     requested: whether this process was asked to stop.
@@ -48,6 +49,8 @@ class Stop:
             b" command again\n",
           )
         os._exit(130 if number == signal.SIGINT else STOPPED)
+      if number == signal.SIGTERM:
+        preemption.notify()
 
   def __enter__(self):
     self._heard, self._wakeup = os.pipe()

@@ -72,6 +72,7 @@ class Telemetry:
       line += f"  {_duration(mean * (self._total - step))} left"
     self._clock, self._last = now, step
     processes.say(line)
+    metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}
     if self._records and record:
       self._records.add({"step": step} | metrics)
       self._events.add(step, metrics)

@@ -3,6 +3,7 @@
 import pathlib
 import re
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -30,6 +31,9 @@ mine, data = processes.local(array)
 np.testing.assert_array_equal(data, whole[mine])
 process = jax.process_index()
 flags = processes.agree(process == 1, False, True)
+answer = processes.ask(lambda: (process, 3 - process))
+total = jax.jit(lambda x: weights @ x)(array)  # dispatched in between
+flags += answer()
 processes.say("one voice")
 first = processes.common(rows)
 print(process, rows.tolist(), mine.tolist(), first.tolist(), flags)
@@ -39,7 +43,7 @@ print(process, rows.tolist(), mine.tolist(), first.tolist(), flags)
 def test_two_processes_with_scattered_rows():
   """Two processes of two devices, in an order that mixes their rows."""
   first, second = two_processes(PROGRAM, devices=2)
-  flags = "(True, False, True)"
+  flags = "(True, False, True, 1, 3)"
   ours = "[0, 1, 4, 5]"
   assert first == ["one voice", f"0 {ours} {ours} {ours} {flags}"]
   theirs, ours = ours, "[2, 3, 6, 7]"
@@ -66,6 +70,12 @@ def test_one_process_is_the_case_of_one():
   processes.start()
   assert processes.speaks()
   assert processes.agree(True, False) == (True, False)
+  seen = [1]
+  answer = processes.ask(lambda: seen)
+  seen[0] = 2  # the latest counts
+  assert answer() == (2,)
+  assert not processes.preempted(1)
+  assert not processes.leave(ValueError())
   assert processes.common(np.arange(3)).tolist() == [0, 1, 2]
   np.testing.assert_array_equal(processes.rows(sharding, 5), np.arange(5))
   images = np.arange(10).reshape(5, 2)
@@ -73,6 +83,38 @@ def test_one_process_is_the_case_of_one():
   rows, data = processes.local(array)
   np.testing.assert_array_equal(rows, np.arange(5))
   np.testing.assert_array_equal(data, images)
+
+
+def _caused(error):
+  error.__cause__ = jax.errors.JaxRuntimeError("a peer is gone")
+  return error
+
+
+@pytest.mark.parametrize(
+  ("error", "own"),
+  [
+    (ConfigError("a setting"), True),
+    (_caused(ConfigError("a read")), False),
+    (OSError("a save"), False),
+    (jax.errors.JaxRuntimeError("a peer is gone"), False),
+  ],
+)
+@pytest.mark.parametrize("met", [True, False])
+def test_who_fails_leaves_when_no_other_can_be_the_cause(
+  monkeypatch, error, own, met
+):
+  others, waits = threading.Event(), []
+  if met:
+    others.set()
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(jax.distributed, "shutdown", others.wait)
+  join = threading.Thread.join
+  monkeypatch.setattr(
+    threading.Thread, "join", lambda t, s: waits.append(s) or join(t, 0.2)
+  )
+  assert processes.leave(error) is not met
+  others.set()
+  assert waits == [5 if own else processes.HEARTBEAT + 5]
 
 
 @pytest.mark.parametrize(

@@ -196,3 +196,32 @@ def test_a_small_disk_fills_up(tmp_path, capfd):
   assert err == ""
   assert out.count("could not be saved") >= 3
   assert len(out.splitlines()) < 40
+
+
+def test_a_save_is_due_by_the_clock_as_well(tmp_path, state, monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+  config = tiny_config(checkpoint__minutes=2.0)
+  with contextlib.closing(Saver(str(tmp_path), config, state)) as saver:
+    found = []
+    for now[0] in (119.0, 120.0):
+      found.append(saver.due())
+    saver.save(1, state, {})
+    for now[0] in (239.0, 240.0):
+      found.append(saver.due())
+    assert found == [False, True, False, True]
+    with monkeypatch.context() as other:
+      other.setattr("arflow_jax.parallel.processes.speaks", lambda: False)
+      assert not saver.due()  # one clock for all
+  with contextlib.closing(Saver(str(tmp_path), CONFIG, state)) as saver:
+    now[0] += 1e9
+    assert not saver.due()  # 0 minutes: by steps alone
+
+
+def test_training_saves_when_the_minutes_have_passed(tmp_path, monkeypatch):
+  """And counts them from there."""
+  due = iter([False, False, True, False, False, False])
+  monkeypatch.setattr(Saver, "due", lambda self: next(due))
+  config = tiny_config(steps=6, checkpoint__every=5, checkpoint__keep=9)
+  assert loop.train(config, str(tmp_path)) == 6
+  assert listing.steps(str(tmp_path)) == [3, 5, 6]
