@@ -1,6 +1,7 @@
 """The training loop: restore or begin, step, report, save, stop cleanly."""
 
 import contextlib
+import json
 import math
 
 import jax
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from arflow_jax import config as config_lib
 from arflow_jax import paths
 from arflow_jax.data import pipeline, sequences, sources
-from arflow_jax.parallel import lanes, processes
+from arflow_jax.parallel import agreement, lanes, processes
 from arflow_jax.training import (
   checkpoint,
   listing,
@@ -43,8 +44,8 @@ def train(config: ConfigDict, workdir: str) -> int:
     ConfigError: settings that cannot work, or a frozen key changed.
     FloatingPointError: a loss or gradient that is not finite.
   """
-  processes.start()
-  paths.check_workdir(workdir)
+  agreement.start(_settings(config, workdir))
+  agreement.together(lambda: paths.check_workdir(workdir))
   with stop_lib.Stop() as stop:
     step = _train(config, workdir, stop)
   if stop.interrupted and step < config.steps:
@@ -56,8 +57,8 @@ def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
   if listing.steps(workdir):
     stored = listing.read_config(workdir)
     config_lib.check_relaunch(stored, config, workdir)
-  program = program_lib.build(config)
-  items = pipeline.open_items(config)  # a wrong data.dir fails before the rest
+  program, items, data = agreement.together(lambda: _open(config))
+  agreement.compare(data)
   with lock.held(workdir):
     run_files.check_data(workdir, sources.fingerprint(items.source))
     found = checkpoint.restore(workdir, program.abstract_state, program.init)
@@ -84,6 +85,31 @@ def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
           f"{error}; {kept} in {workdir}. Lower optimizer.peak_lr or clip"
           " harder, in a new --workdir"
         ) from None
+
+
+def _settings(config: ConfigDict, workdir: str) -> agreement.Facts:
+  """What the command line says, to be compared between processes."""
+  values = config_lib.flatten(json.loads(config_lib.dumps(config)))
+  return agreement.Facts(
+    "their settings",
+    values | {"--workdir": workdir},
+    "start all with the same command",
+  )
+
+
+def _open(
+  config: ConfigDict,
+) -> tuple[program_lib.Program, sequences.ClassSequences, agreement.Facts]:
+  """What fails before anything is compiled or written; and which data."""
+  program = program_lib.build(config)
+  items = pipeline.open_items(config)
+  found = sources.fingerprint(items.source)
+  values = {
+    f"class {i}": f"{name} with {count} images"
+    for i, (name, count) in enumerate(zip(found["classes"], found["images"]))
+  }
+  remedy = f"give all the same data, data.dir={config.data.dir} in this one"
+  return program, items, agreement.Facts("their data", values, remedy)
 
 
 def _steps(
