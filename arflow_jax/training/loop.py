@@ -16,6 +16,7 @@ from arflow_jax.training import (
   checkpoint,
   listing,
   lock,
+  newest,
   run_files,
   telemetry,
 )
@@ -54,8 +55,8 @@ def train(config: ConfigDict, workdir: str) -> int:
 
 
 def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
-  if listing.steps(workdir):
-    stored = listing.read_config(workdir)
+  if listing.agreed_steps(workdir):
+    stored = newest.read_config(workdir)
     config_lib.check_relaunch(stored, config, workdir)
   program, items, data = agreement.together(lambda: _open(config))
   agreement.compare(data)

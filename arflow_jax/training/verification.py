@@ -111,7 +111,7 @@ def _read(path: epath.Path, stored: Any, places: set[Any]) -> list[jax.Array]:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
 
   tree = jax.tree_util.tree_map_with_path(wanted, stored)
-  with echoes.dropped():
+  with echoes.dropped(), listing.reading():
     loaded = ocp.load_checkpointables(path, {"state": tree})["state"]
   return [x for x in jax.tree.leaves(loaded) if x is not ocp.PLACEHOLDER]
 
