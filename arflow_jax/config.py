@@ -33,6 +33,7 @@ FREE = (
   "eval",
   "sample",
   "log",
+  "debug",
 )
 
 
@@ -81,6 +82,8 @@ def default_config() -> ConfigDict:
   config.eval = ConfigDict({"num_samples": 400})
   config.sample = ConfigDict()
   config.log = ConfigDict({"every": 100})  # steps between progress lines
+  # Write hashes of what each row is trained on: `training/row_log.py`.
+  config.debug = ConfigDict({"rows": False})
   return config
 
 

@@ -17,6 +17,7 @@ from arflow_jax.training import (
   listing,
   lock,
   newest,
+  row_log,
   run_files,
   telemetry,
 )
@@ -125,6 +126,9 @@ def _steps(
   config, start = program.config, int(state.step)
   images = config.batch_size * config.data.sequence_length
   metrics = _Metrics(window)
+  rows = None
+  if config.debug.rows:
+    rows = row_log.RowLog(workdir, program, start)
   with (
     contextlib.closing(
       pipeline.batches(items, config, start, program.rows)
@@ -148,7 +152,10 @@ def _steps(
           raise
         step -= 1
         break
-      state, latest = program.step(state, program.place(batch))
+      batch = program.place(batch)
+      if rows:
+        rows.add(step, state, batch)
+      state, latest = program.step(state, batch)
       metrics.add(step, latest)
       asked, failed = processes.agree(stop.requested, saver.failed())
       done = asked or step == config.steps
