@@ -141,4 +141,5 @@ SHARED = {
   "sample.block_size": whole(1, 65_536),
   "log.every": whole(),
   "debug.rows": switch,
+  "debug.replicas": whole(0),
 }

@@ -32,6 +32,7 @@ ALLOWED = {
   "optimizer.clip_threshold": {1e30: "never clips"},
   "ema.decay": {0: "no average"},
   "checkpoint.keep_every": {None: "keeps none but the newest"},
+  "debug.replicas": {0: "never"},
   "model.label_dropout": {0: "labels are never dropped"},
   "model.dropout": {0: "none"},
   "model.attention": {None: "the best known"},

@@ -121,6 +121,11 @@ def number() -> int:
   return jax.process_index()
 
 
+def owner(device: jax.Device) -> int:
+  """The number of the process that has a device."""
+  return device.process_index
+
+
 def gather(value: Any) -> list[Any]:
   """A small value of each process, by its number, in all; all call it.
 

@@ -17,6 +17,7 @@ from arflow_jax.training import (
   listing,
   lock,
   newest,
+  replicas,
   row_log,
   run_files,
   telemetry,
@@ -45,6 +46,7 @@ def train(config: ConfigDict, workdir: str) -> int:
   Raises:
     ConfigError: settings that cannot work, or a frozen key changed.
     FloatingPointError: a loss or gradient that is not finite.
+    ReplicasDiffer: devices hold different numbers; see `debug.replicas`.
   """
   agreement.start(_settings(config, workdir))
   agreement.together(lambda: paths.check_workdir(workdir))
@@ -129,6 +131,9 @@ def _steps(
   rows = None
   if config.debug.rows:
     rows = row_log.RowLog(workdir, program, start)
+  same = None
+  if config.debug.replicas:
+    same = replicas.Replicas(program.abstract_state.params)
   with (
     contextlib.closing(
       pipeline.batches(items, config, start, program.rows)
@@ -156,6 +161,8 @@ def _steps(
       if rows:
         rows.add(step, state, batch)
       state, latest = program.step(state, batch)
+      if same and step % config.debug.replicas == 0:
+        same.check(step, state.params)
       metrics.add(step, latest)
       asked, failed = processes.agree(stop.requested, saver.failed())
       done = asked or step == config.steps
