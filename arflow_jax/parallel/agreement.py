@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+from ml_collections import ConfigDict
 
 import arflow_jax
+from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import processes
 
@@ -50,6 +52,13 @@ def start(*facts: Facts) -> None:
   """
   processes.start()
   compare(*_program(), *facts)
+
+
+def settings(config: ConfigDict, **flags: Any) -> Facts:
+  """A config and flags: what the command line says."""
+  values = config_lib.flatten(json.loads(config_lib.dumps(config)))
+  values |= {f"--{name}": value for name, value in flags.items()}
+  return Facts("their settings", values, "start all with the same command")
 
 
 def together(function: Callable[[], T]) -> T:

@@ -1,7 +1,6 @@
 """The training loop: restore or begin, step, report, save, stop cleanly."""
 
 import contextlib
-import json
 import math
 
 import jax
@@ -48,7 +47,7 @@ def train(config: ConfigDict, workdir: str) -> int:
     FloatingPointError: a loss or gradient that is not finite.
     ReplicasDiffer: devices hold different numbers; see `debug.replicas`.
   """
-  agreement.start(_settings(config, workdir))
+  agreement.start(agreement.settings(config, workdir=workdir))
   agreement.together(lambda: paths.check_workdir(workdir))
   with stop_lib.Stop() as stop:
     step = _train(config, workdir, stop)
@@ -89,16 +88,6 @@ def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
           f"{error}; {kept} in {workdir}. Lower optimizer.peak_lr or clip"
           " harder, in a new --workdir"
         ) from None
-
-
-def _settings(config: ConfigDict, workdir: str) -> agreement.Facts:
-  """What the command line says, to be compared between processes."""
-  values = config_lib.flatten(json.loads(config_lib.dumps(config)))
-  return agreement.Facts(
-    "their settings",
-    values | {"--workdir": workdir},
-    "start all with the same command",
-  )
 
 
 def _open(

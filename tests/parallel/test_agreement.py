@@ -151,3 +151,38 @@ def test_two_processes_that_differ_end_at_once(change, first, second, tmp_path):
   assert (second or first) in lines[1][0]
   assert not any("Traceback" in text for text in said)
   assert not (tmp_path / "run").exists()
+
+
+MAIN = """
+import importlib, sys
+from arflow_jax import cli
+from arflow_jax.analysis import benchmark
+benchmark.product_side = lambda: 64
+sys.argv = {argv!r}
+sys.modules["main"] = importlib.import_module(sys.argv[0])
+cli.run("main")
+"""
+
+
+@pytest.mark.slow
+def test_other_mains_join_and_speak_once(tmp_path):
+  """Two processes verify a run, and time a step that they share."""
+  run = "--workdir=tests/sampling/tiny_run"
+  with started(MAIN.format(argv=["arflow_jax.verify", run])) as both:
+    said = [process.communicate(timeout=60) for process in both]
+  assert [process.returncode for process in both] == [0, 0], said
+  assert "checkpoint 200: readable" in said[0][0]
+  assert "checkpoint" not in said[1][0]
+
+  out = tmp_path / "speed.json"
+  argv = ["arflow_jax.bench", *flags(), f"--out={out}"]
+  with started(MAIN.format(argv=argv)) as both:
+    said = [process.communicate(timeout=120) for process in both]
+  assert [process.returncode for process in both] == [0, 0], said
+  assert "images_per_second" in out.read_text()
+  assert str(out) in said[0][0]
+  assert "train" not in said[1][0]
+  with started(MAIN.format(argv=argv)) as both:
+    said = [process.communicate(timeout=60) for process in both]
+  assert [process.returncode for process in both] == [1, 1], said
+  assert f"--out={out} exists; give --overwrite" in said[1][1]

@@ -16,7 +16,11 @@ from tests.tiny import batches, flags, stored_state, tiny_config, trainer
 
 SMALL = {
   "arflow": {},
-  "flowar": {"model__patch_size": 4, "model__scales": (1, 2)},
+  "flowar": {
+    "model__patch_size": 4,
+    "model__scales": (1, 2),
+    "model__head_width": 256,  # four heads, which can be split
+  },
 }
 
 
