@@ -6,10 +6,11 @@
 
 Weights and images are random, the train step is whole, update included, and
 sampling follows the config's own `sample` settings. --compare prints the ratios
-of this run over an earlier --out.
+of this run over an earlier --out. All processes of a job share the train step;
+the sampler is timed on one device.
 """
 
-from arflow_jax import cli, console
+from arflow_jax import cli
 
 
 def define(flags: cli.Flags) -> None:
@@ -30,18 +31,26 @@ def define(flags: cli.Flags) -> None:
 
 def main(args: cli.Args) -> None:
   from arflow_jax.analysis import bench_report, benchmark
+  from arflow_jax.parallel import agreement, processes
 
+  agreement.start(
+    agreement.settings(args.config, what=args.what, repeats=args.repeats)
+  )
   if args.out:
-    bench_report.check_output(args.out, args.overwrite)
-  other = bench_report.read(args.compare) if args.compare else None
+    agreement.by_one(
+      lambda: bench_report.check_output(args.out, args.overwrite)
+    )
+  other = None
+  if args.compare:
+    other = agreement.by_one(lambda: bench_report.read(args.compare))
   speeds = benchmark.measure(args.config, args.what, args.repeats)
-  console.say(bench_report.table(speeds, args.config.model.dtype))
+  processes.say(bench_report.table(speeds, args.config.model.dtype))
   measured = bench_report.record(speeds, args.config)
   if other:
-    console.say("\n" + bench_report.compare(measured, other))
+    processes.say("\n" + bench_report.compare(measured, other))
   if args.out:
-    bench_report.write(args.out, measured)
-    console.say(args.out)
+    agreement.by_one(lambda: bench_report.write(args.out, measured))
+    processes.say(args.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ second needs no TPU but libtpu: what its compiler says of each implementation,
 and of the whole ARFlow-XL/2 train step with each.
 """
 
-from arflow_jax import cli, console
+from arflow_jax import cli
 from arflow_jax.errors import ConfigError
 
 _LARGEST = 65_536  # of any number of tokens, images or items
@@ -76,6 +76,9 @@ def main(args: cli.Args) -> None:
     with tpu.schedules() as dump:  # before anything uses JAX
       _report(args, dump)
   else:
+    from arflow_jax.parallel import agreement
+
+    agreement.start()
     _report(args, None)
 
 
@@ -102,9 +105,12 @@ def _report(args: cli.Args, dump: str | None) -> None:
   from arflow_jax.analysis import attention_static as static
   from arflow_jax.analysis import bench_report
   from arflow_jax.kernels.hybrid_attention import cases
+  from arflow_jax.parallel import agreement, processes
 
   if args.out:
-    bench_report.check_output(args.out, args.overwrite)
+    agreement.by_one(
+      lambda: bench_report.check_output(args.out, args.overwrite)
+    )
   tokens, images, batches = (_numbers(args, flag) for flag in _NUMBERS)
   static.check_step(args.config, batches)
   for size in args.sizes or [""]:
@@ -123,18 +129,20 @@ def _report(args: cli.Args, dump: str | None) -> None:
     args.form,
   )
   if dump is None:
-    measured = bench.timed(problems, args.implementations, args.repeats)
+    measured = agreement.together(
+      lambda: bench.timed(problems, args.implementations, args.repeats)
+    )
   else:
     measured = static.compiled(
       problems, args.implementations, args.topology, dump
     )
-  console.say(bench.table(measured))
+  processes.say(bench.table(measured))
   if dump is not None and args.step:
     measured["step"] = static.steps(args.config, args.topology, batches, dump)
-    console.say("\n" + bench.step_table(measured["step"]))
+    processes.say("\n" + bench.step_table(measured["step"]))
   if args.out:
-    bench_report.write(args.out, measured)
-    console.say(args.out)
+    agreement.by_one(lambda: bench_report.write(args.out, measured))
+    processes.say(args.out)
 
 
 if __name__ == "__main__":

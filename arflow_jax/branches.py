@@ -46,6 +46,9 @@ class Branch(Protocol):
   def init(self, key: Key[Array, ""]) -> Params:
     """Fresh parameters."""
 
+  def draws(self, batch: dict[str, jax.Array], keys: Key[Array, "B"]) -> Any:
+    """All that `loss` draws at random for each item: a tree of `[B, ...]`."""
+
   def loss(
     self, params: Params, batch: dict[str, jax.Array], keys: Key[Array, "B"]
   ) -> Float[Array, "B"]:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
 from arflow_jax import console, paths
-from arflow_jax.errors import ConfigError
+from arflow_jax.errors import ConfigError, ReplicasDiffer
 
 Args = types.SimpleNamespace  # the value of every flag, by its name
 _PATIENCE = 5.0  # seconds that other threads have to end, when all is done
@@ -236,7 +236,7 @@ def _execute(
     return 0, None
   try:
     code = module.main(args)
-  except (ConfigError, FloatingPointError, OSError) as error:
+  except (ConfigError, FloatingPointError, OSError, ReplicasDiffer) as error:
     return _fail(error, 1), error
   except (MemoryError, RuntimeError) as error:
     reason = str(error).partition("\n")[0]

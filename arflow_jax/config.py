@@ -33,6 +33,7 @@ FREE = (
   "eval",
   "sample",
   "log",
+  "debug",
 )
 
 
@@ -83,6 +84,9 @@ def default_config() -> ConfigDict:
   config.eval = ConfigDict({"num_samples": 400})
   config.sample = ConfigDict()
   config.log = ConfigDict({"every": 100})  # steps between progress lines
+  config.debug = debug = ConfigDict()
+  debug.rows = False  # write a hash of what each row of a step is trained on
+  debug.replicas = 0  # steps between comparisons of replicas; 0: never
   return config
 
 

@@ -142,4 +142,6 @@ SHARED = {
   "eval.num_samples": whole(1, 10_000_000),
   "sample.block_size": whole(1, 65_536),
   "log.every": whole(),
+  "debug.rows": switch,
+  "debug.replicas": whole(0),
 }

@@ -38,7 +38,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 _STEPS = {}
-_SHAPELESS = ("data", "checkpoint", "log", "eval", "sample", "mesh")
+_SHAPELESS = ("data", "checkpoint", "log", "eval", "sample", "mesh", "debug")
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ ALLOWED = {
   "ema.decay": {0: "no average"},
   "checkpoint.minutes": {0: "by steps alone"},
   "checkpoint.keep_every": {None: "keeps none but the newest"},
+  "debug.replicas": {0: "never"},
   "model.label_dropout": {0: "labels are never dropped"},
   "model.dropout": {0: "none"},
   "model.attention": {None: "the best known"},

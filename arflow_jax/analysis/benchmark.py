@@ -25,6 +25,7 @@ from arflow_jax.analysis import flops
 from arflow_jax.data import pipeline
 from arflow_jax.data.sequences import ClassSequences
 from arflow_jax.errors import ConfigError
+from arflow_jax.parallel import agreement, processes
 from arflow_jax.training import program as program_lib
 from arflow_jax.training import state
 from arflow_jax.training.program import Program
@@ -87,7 +88,7 @@ class Speed:
 def measure(
   config: ConfigDict, what: list[str], repeats: int = 10
 ) -> dict[str, Speed]:
-  """Measures the programs named in `what`.
+  """Measures the programs named in `what`; all processes call it.
 
   Raises:
     ConfigError: an unknown program or none, or a config that cannot run here.
@@ -100,7 +101,9 @@ def measure(
         f"--what={name} is unknown; choose from {','.join(PROGRAMS)}"
       )
   config_lib.check(config)
-  programs = {"train": _train_speed, "sample": _sample_speed}
+  # Processes share a train step; each draws on a device of its own.
+  alone = lambda *args: agreement.together(lambda: _sample_speed(*args))
+  programs = {"train": _train_speed, "sample": alone}
   return {name: programs[name](config, repeats) for name in what}
 
 
@@ -109,8 +112,9 @@ def _train_speed(config: ConfigDict, repeats: int) -> Speed:
   config, source = config.copy_and_resolve_references(), config.data.source
   if source == "latents":  # no cache of them can be made yet
     config.data.source, source = "random", "random, for latents"
-  items = pipeline.open_items(config)  # what is wrong there fails first
-  program = program_lib.build(config)
+  items, program = agreement.together(
+    lambda: (pipeline.open_items(config), program_lib.build(config))
+  )
   with jax.set_mesh(program.mesh):  # as in the trainer
     speed = _step_speed(program, items, repeats)
   return dataclasses.replace(speed, input_source=source)
@@ -211,7 +215,10 @@ def _in_turn(
   products()
   times, rates = [], []
   before = _seconds(products) / 4
-  for _ in tqdm.trange(repeats, desc=name, unit="call", leave=False):
+  quiet = not processes.speaks()
+  for _ in tqdm.trange(
+    repeats, desc=name, unit="call", leave=False, disable=quiet
+  ):
     times.append(_seconds(call))
     after = _seconds(products) / 4
     rates.append(work / statistics.mean([before, after]))

@@ -41,16 +41,22 @@ class ARFlowBranch:
     self.network = _network(model)
     self.axes, self.init = self.network.axes, self.network.init
 
-  def loss(
-    self, params: Params, batch: dict[str, jax.Array], keys: Key[Array, "B"]
-  ) -> Float[Array, "B"]:
-    noisy = trajectory.noisy_trajectory(
-      batch["images"],
+  def draws(
+    self, batch: dict[str, jax.Array], keys: Key[Array, "B"]
+  ) -> trajectory.Draws:
+    return trajectory.draw(
       batch["labels"],
       keys,
+      batch["images"].shape[1:],
       null_label=self.num_classes,
       label_dropout=self.label_dropout,
     )
+
+  def loss(
+    self, params: Params, batch: dict[str, jax.Array], keys: Key[Array, "B"]
+  ) -> Float[Array, "B"]:
+    draws = self.draws(batch, keys)
+    noisy = trajectory.noisy_trajectory(batch["images"], draws)
     velocity, _ = self.network(params)(noisy.x, noisy.t, noisy.labels)
     return objective.velocity_loss(velocity, noisy.velocity)
 

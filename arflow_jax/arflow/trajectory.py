@@ -21,32 +21,53 @@ class Trajectory(NamedTuple):
   velocity: Float[Array, "B S h w C"]
 
 
-def noisy_trajectory(
-  images: Float[Array, "B S h w C"],
+class Draws(NamedTuple):
+  """The random numbers of one training step."""
+
+  t: Float[Array, "B S"]
+  noise: Float[Array, "B S h w C"]
+  labels: Int[Array, "B"]  # some of them dropped
+
+
+def draw(
   labels: Int[Array, "B"],
   keys: Key[Array, "B"],
+  shape: tuple[int, int, int, int],
   *,
   null_label: int,
   label_dropout: float,
-  path: paths.Path = paths.LINEAR,
-) -> Trajectory:
+) -> Draws:
   """Draws noise levels, noise and label dropout, each from its item's own key.
 
   Args:
-    images: clean images (or latents) of one class per sequence.
-    labels: that class.
+    labels: the class of each sequence.
     keys: one key per sequence.
+    shape: of a sequence, `[S, h, w, C]`.
     null_label: the class that stands for "no class".
     label_dropout: probability that a whole sequence gets `null_label`.
-    path: the interpolation path.
   """
 
-  def item(images, label, key):
+  def item(label, key):
     time_key, noise_key, drop_key = jax.random.split(key, 3)
-    t = objective.sorted_uniform_times(time_key, images.shape[0])
-    noise = jax.random.normal(noise_key, images.shape)
-    x, velocity = path.interpolate(noise, images, t)
+    t = objective.sorted_uniform_times(time_key, shape[0])
+    noise = jax.random.normal(noise_key, shape)
     label = guidance.drop_label(drop_key, label, null_label, label_dropout)
-    return Trajectory(x, t, label, velocity)
+    return Draws(t, noise, label)
 
-  return jax.vmap(item)(images, labels, keys)
+  return jax.vmap(item)(labels, keys)
+
+
+def noisy_trajectory(
+  images: Float[Array, "B S h w C"],
+  draws: Draws,
+  path: paths.Path = paths.LINEAR,
+) -> Trajectory:
+  """What the draws make of images.
+
+  Args:
+    images: clean images (or latents) of one class per sequence.
+    draws: what `draw` returned.
+    path: the interpolation path.
+  """
+  x, velocity = jax.vmap(path.interpolate)(draws.noise, images, draws.t)
+  return Trajectory(x, draws.t, draws.labels, velocity)

@@ -46,16 +46,22 @@ class FlowARBranch:
     self.network = _network(model)
     self.axes, self.init = self.network.axes, self.network.init
 
-  def loss(
-    self, params: Params, batch: dict[str, jax.Array], keys: Key[Array, "B"]
-  ) -> Float[Array, "B"]:
-    network = self.network(params)
+  def draws(
+    self, batch: dict[str, jax.Array], keys: Key[Array, "B"]
+  ) -> tuple[Int[Array, "B"], objective.Draws]:
     keys = jax.vmap(jax.random.split)(keys)
     drop = lambda key, label: guidance.drop_label(
       key, label, self.num_classes, self.label_dropout
     )
     labels = jax.vmap(drop)(keys[:, 0], batch["labels"])
-    draws = objective.draw(keys[:, 1], network, dropout=self.config.dropout > 0)
+    dropout = self.config.dropout > 0
+    return labels, objective.draw(keys[:, 1], self.config, dropout=dropout)
+
+  def loss(
+    self, params: Params, batch: dict[str, jax.Array], keys: Key[Array, "B"]
+  ) -> Float[Array, "B"]:
+    labels, draws = self.draws(batch, keys)
+    network = self.network(params)
     return objective.loss(network, batch["images"][:, 0], labels, draws)
 
   def settings(self, sample: ConfigDict) -> sampler.Settings:

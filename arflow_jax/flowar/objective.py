@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from arflow_jax.flow import objective
-from arflow_jax.flowar.network import FlowAR
+from arflow_jax.flowar.network import FlowAR, ModelConfig
 
 
 class Draws(NamedTuple):
@@ -36,10 +36,9 @@ def integer_levels(levels: Float[Array, "*lead"]) -> Float[Array, "*lead"]:
 
 
 def draw(
-  keys: Key[Array, "B"], network: FlowAR, *, dropout: bool = True
+  keys: Key[Array, "B"], config: ModelConfig, *, dropout: bool = True
 ) -> Draws:
   """Draws everything, each image's numbers from its own key alone."""
-  config = network.config
   length = sum(config.pyramid.lengths)
 
   def item(key):

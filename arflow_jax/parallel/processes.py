@@ -4,6 +4,7 @@ One process is the case of one of the same code. Nothing else in this package
 asks JAX for a process index or a process count.
 """
 
+import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -147,6 +148,33 @@ def complain(text: str) -> None:
   """Prints a line from this process, whichever it is, and says which."""
   alone = jax.process_count() == 1
   console.say(text if alone else f"process {jax.process_index()}: {text}")
+
+
+def number() -> int:
+  """Of this process, from 0."""
+  return jax.process_index()
+
+
+def owner(device: jax.Device) -> int:
+  """The number of the process that has a device."""
+  return device.process_index
+
+
+def gather(value: Any) -> list[Any]:
+  """A small value of each process, by its number, in all; all call it.
+
+  Args:
+    value: what JSON can hold.
+  """
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  size = 1024  # few sizes, for a program is compiled for each
+  while True:
+    sent = np.zeros(size, np.uint8)
+    sent[: len(text)] = text[:size]
+    every = multihost_utils.process_allgather((np.int32(len(text)), sent))
+    if max(every[0]) <= size:
+      return [json.loads(row[:n].tobytes()) for n, row in zip(*every)]
+    size = 1 << int(max(every[0])).bit_length()
 
 
 def agree(*flags: bool) -> tuple[bool, ...]:

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from arflow_jax import branches
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
+from arflow_jax.parallel import agreement
 from arflow_jax.parallel import mesh as mesh_lib
-from arflow_jax.parallel import processes
 from arflow_jax.sampling import images
 from arflow_jax.training import checkpoint, state
 
@@ -77,7 +77,7 @@ def restore(workdir: str) -> Run:
   Raises:
     ConfigError: no readable checkpoint there.
   """
-  processes.start()
+  agreement.start()
   # Images share no work: each device draws its own with all the weights.
   mesh = mesh_lib.make_mesh(config_lib.default_config().mesh)
   config, params, step = checkpoint.load_weights(

@@ -11,13 +11,22 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
-from arflow_jax.training import checksum, listing, relayout, run_files
+from arflow_jax.parallel import processes
+from arflow_jax.parallel.agreement import by_one, together
+from arflow_jax.training import (
+  checksum,
+  listing,
+  newest,
+  relayout,
+  run_files,
+)
 from arflow_jax.training.state import TrainState
 
 
@@ -82,18 +91,21 @@ def restore(
   """
 
   def load(path: epath.Path) -> tuple[TrainState, dict[str, float]]:
-    listing.load_config(path)  # one that cannot be read is of no use
-    if "optimizer" in listing.arrays(path):
+    together(lambda: listing.load_config(path))  # without it, of no use
+    about, stored = together(
+      lambda: (listing.about(path), listing.arrays(path))
+    )
+    if "optimizer" in stored:
       state = TrainState(**_named(_load(path, _stored(abstract))))
     else:
       state = begin(_load(path, {"ema": abstract.ema})["ema"])
-    return state, listing.about(path).get("window", {})
+    return state, about.get("window", {})
 
-  if not listing.steps(workdir):
+  if not listing.agreed_steps(workdir):
     return None
-  found, _, bad = listing.newest_good(workdir, load)
-  for newer in bad:
-    listing.set_aside(listing.folder(workdir) / str(newer))
+  found, _, bad = newest.newest_good(workdir, load)
+  folder = listing.folder(workdir)
+  by_one(lambda: [listing.set_aside(folder / str(newer)) for newer in bad])
   return found
 
 
@@ -111,10 +123,10 @@ def load_weights(
   """
 
   def load(path: epath.Path) -> tuple[ConfigDict, Any]:
-    config = listing.load_config(path)
+    config = together(lambda: listing.load_config(path))
     return config, _load(path, {"ema": abstract(config)})["ema"]
 
-  (config, params), step, _ = listing.newest_good(workdir, load)
+  (config, params), step, _ = newest.newest_good(workdir, load)
   return Weights(run_files.with_latest(config, workdir), params, step)
 
 
@@ -175,14 +187,24 @@ def _load(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
   Raises:
     Damaged: a part is not what was written.
   """
-  read = relayout.as_stored(wanted, listing.arrays(path))
-  context = ocp.Context()
-  context.pytree.loading.partial_load = True
-  with context:
-    loaded = ocp.load_checkpointables(path, {"state": read})["state"]
-  if about := listing.about(path):
+  about, stored = together(
+    lambda: (
+      listing.about(path),
+      relayout.as_stored(wanted, listing.arrays(path)),
+    )
+  )
+
+  def read():
+    context = listing.reading()
+    context.pytree.loading.partial_load = True
+    with context:
+      found = ocp.load_checkpointables(path, {"state": stored})["state"]
+    return jax.block_until_ready(found)
+
+  loaded = together(read)
+  if about:
     checksum.check(loaded, about["arrays"])
-  else:
+  elif processes.speaks():
     logging.warning(
       "%s is of an earlier version, which wrote no checksums: it is restored as"
       " it is",

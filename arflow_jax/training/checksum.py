@@ -59,7 +59,8 @@ def unseal(sealed: dict[str, Any]) -> dict[str, Any]:
   return values
 
 
-def _sum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+def of_array(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+  """The checksum of one array of numbers of up to 32 bits."""
   bits = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
   x = jax.lax.bitcast_convert_type(array, bits).astype(jnp.uint32)
   place, stride = jnp.zeros(x.shape, jnp.uint32), 1
@@ -74,4 +75,4 @@ def _sum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
   return jnp.sum(x ^ (x >> 16), dtype=jnp.uint32)
 
 
-_sums = jax.jit(lambda tree: jax.tree.map(_sum, tree))
+_sums = jax.jit(lambda tree: jax.tree.map(of_array, tree))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from arflow_jax import paths
 from arflow_jax.errors import ConfigError
-from arflow_jax.parallel import processes
+from arflow_jax.parallel import agreement
 from arflow_jax.training import listing
 
 
@@ -26,8 +26,11 @@ def held(workdir: str) -> Iterator[None]:
   Raises:
     ConfigError: another trainer is at work there; the message names it.
   """
-  holder, lock = "", None
-  if processes.speaks() and paths.is_local(workdir):
+  lock = None
+
+  def take():
+    nonlocal lock
+    holder = ""
     folder = listing.folder(workdir).parent
     try:
       folder.mkdir(parents=True, exist_ok=True)
@@ -35,10 +38,12 @@ def held(workdir: str) -> Iterator[None]:
       holder = _take(lock)
     except OSError as error:
       holder = f"cannot be written: {error}"
+    if holder:
+      raise ConfigError(f"--workdir={workdir} {holder}")
+
   try:
-    (refused,) = processes.agree(bool(holder))
-    if refused:
-      raise ConfigError(f"--workdir={workdir} {holder or 'cannot be used'}")
+    if paths.is_local(workdir):
+      agreement.by_one(take)
     yield
   finally:
     if lock is not None:

@@ -10,11 +10,14 @@ from ml_collections import ConfigDict
 from arflow_jax import config as config_lib
 from arflow_jax import paths
 from arflow_jax.data import pipeline, sequences, sources
-from arflow_jax.parallel import lanes, processes
+from arflow_jax.parallel import agreement, lanes, processes
 from arflow_jax.training import (
   checkpoint,
   listing,
   lock,
+  newest,
+  replicas,
+  row_log,
   run_files,
   telemetry,
 )
@@ -50,9 +53,10 @@ def train(config: ConfigDict, workdir: str) -> int:
     ConfigError: settings that cannot work, or a frozen key changed.
     FloatingPointError: a loss or gradient that is not finite; with
       `optimizer.skip_nonfinite` ten in a row.
+    ReplicasDiffer: devices hold different numbers; see `debug.replicas`.
   """
-  processes.start()
-  paths.check_workdir(workdir)
+  agreement.start(agreement.settings(config, workdir=workdir))
+  agreement.together(lambda: paths.check_workdir(workdir))
   with stop_lib.Stop() as stop:
     step = _train(config, workdir, stop)
   if stop.interrupted and step < config.steps:
@@ -61,11 +65,11 @@ def train(config: ConfigDict, workdir: str) -> int:
 
 
 def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
-  if listing.steps(workdir):
-    stored = listing.read_config(workdir)
+  if listing.agreed_steps(workdir):
+    stored = newest.read_config(workdir)
     config_lib.check_relaunch(stored, config, workdir)
-  program = program_lib.build(config)
-  items = pipeline.open_items(config)  # a wrong data.dir fails before the rest
+  program, items, data = agreement.together(lambda: _open(config))
+  agreement.compare(data)
   with lock.held(workdir):
     run_files.check_data(workdir, sources.fingerprint(items.source))
     found = checkpoint.restore(workdir, program.abstract_state, program.init)
@@ -94,6 +98,21 @@ def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
         ) from None
 
 
+def _open(
+  config: ConfigDict,
+) -> tuple[program_lib.Program, sequences.ClassSequences, agreement.Facts]:
+  """What fails before anything is compiled or written; and which data."""
+  program = program_lib.build(config)
+  items = pipeline.open_items(config)
+  found = sources.fingerprint(items.source)
+  values = {
+    f"class {i}": f"{name} with {count} images"
+    for i, (name, count) in enumerate(zip(found["classes"], found["images"]))
+  }
+  remedy = f"give all the same data, data.dir={config.data.dir} in this one"
+  return program, items, agreement.Facts("their data", values, remedy)
+
+
 def _steps(
   program: program_lib.Program,
   items: sequences.ClassSequences,
@@ -106,6 +125,12 @@ def _steps(
   config, start = program.config, int(state.step)
   images = config.batch_size * config.data.sequence_length
   metrics = _Metrics(window)
+  rows = None
+  if config.debug.rows:
+    rows = row_log.RowLog(workdir, program, start)
+  same = None
+  if config.debug.replicas:
+    same = replicas.Replicas(program.abstract_state.params)
   with (
     contextlib.closing(
       pipeline.batches(items, config, start, program.rows)
@@ -129,7 +154,12 @@ def _steps(
           feed.trouble,
         )
       )
-      state, latest = program.step(state, program.place(batch))
+      batch = program.place(batch)
+      if rows:
+        rows.add(step, state, batch)
+      state, latest = program.step(state, batch)
+      if same and step % config.debug.replicas == 0:
+        same.check(step, state.params)
       metrics.add(step, latest)
       asked, failed, due, trouble = answers()
       done = asked or trouble or step == config.steps

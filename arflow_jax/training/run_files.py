@@ -13,17 +13,20 @@ from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
 from arflow_jax.errors import ConfigError
-from arflow_jax.parallel import processes
+from arflow_jax.parallel import agreement
 from arflow_jax.training import listing
 
 
 def keep_config(workdir: str, config: ConfigDict) -> None:
-  """Writes the config of a launch to `WORKDIR/config.json`."""
-  _keep(workdir, "config.json", config_lib.dumps(config))
+  """Writes the config of a launch to `WORKDIR/config.json`, by one process."""
+  text = config_lib.dumps(config)
+  agreement.by_one(lambda: _keep(workdir, "config.json", text))
 
 
 def check_data(workdir: str, found: dict[str, Any]) -> None:
   """Refuses other data than a run began with, in `WORKDIR/data.json`.
+
+  One process decides for all.
 
   Keeps `found` there where the run has none: a run of an earlier version, or
   one that has no checkpoint yet and may begin with any data.
@@ -35,6 +38,10 @@ def check_data(workdir: str, found: dict[str, Any]) -> None:
   Raises:
     ConfigError: the run began with other data.
   """
+  agreement.by_one(lambda: _check_data(workdir, found))
+
+
+def _check_data(workdir: str, found: dict[str, Any]) -> None:
   path = listing.folder(workdir).parent / "data.json"
   now = list(zip(found["classes"], found["images"]))
   was = None
@@ -69,9 +76,7 @@ def with_latest(config: ConfigDict, workdir: str) -> ConfigDict:
 
 
 def _keep(workdir: str, name: str, text: str) -> None:
-  """Writes a file of a run, as a whole, from one process."""
-  if not processes.speaks():
-    return
+  """Writes a file of a run, as a whole."""
   folder = listing.folder(workdir).parent
   folder.mkdir(parents=True, exist_ok=True)
   part = folder / f"{name}.part"

@@ -13,12 +13,14 @@ from orbax.checkpoint import v1 as ocp
 from arflow_jax import config as config_lib
 from arflow_jax import paths
 from arflow_jax.errors import ConfigError
-from arflow_jax.parallel import processes
+from arflow_jax.parallel import agreement, processes
 from arflow_jax.training import checksum, echoes, listing, relayout
 
 
 def verify(workdir: str) -> bool:
   """Says of every part of a run whether it is good; changes nothing.
+
+  One process of a job reads, the others wait for it.
 
   Returns:
     Whether all is good.
@@ -26,6 +28,11 @@ def verify(workdir: str) -> bool:
   Raises:
     ConfigError: no run there.
   """
+  processes.start()
+  return agreement.by_one(lambda: _verify(workdir))
+
+
+def _verify(workdir: str) -> bool:
   paths.check_bucket("--workdir", workdir)
   steps = listing.steps(workdir)
   if not steps:
@@ -103,7 +110,7 @@ def damage(path: epath.Path) -> Iterator[str]:
 
 def _read(path: epath.Path, stored: Any, places: set[Any]) -> list[jax.Array]:
   """Some arrays of a checkpoint, on the host."""
-  host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+  host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
 
   def wanted(place, leaf):
     if place not in places:
@@ -111,7 +118,7 @@ def _read(path: epath.Path, stored: Any, places: set[Any]) -> list[jax.Array]:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
 
   tree = jax.tree_util.tree_map_with_path(wanted, stored)
-  with echoes.dropped():
+  with echoes.dropped(), listing.reading():
     loaded = ocp.load_checkpointables(path, {"state": tree})["state"]
   return [x for x in jax.tree.leaves(loaded) if x is not ocp.PLACEHOLDER]
 

@@ -109,7 +109,7 @@ def test_presets_hold_the_published_recipe(size, sampling):
 def test_levels_are_uniform_one_for_each_scale():
   branch = branches.build(tiny_config("flowar"))
   network = branch.network(_params(branch))
-  draws = objective.draw(state.item_keys(0, jnp.int32(0), 2000), network)
+  draws = objective.draw(state.item_keys(0, jnp.int32(0), 2000), network.config)
   assert draws.levels.shape == (2000, 4)
   np.testing.assert_allclose(draws.levels.mean(0), 0.5, atol=0.03)
   integers = objective.integer_levels(draws.levels)

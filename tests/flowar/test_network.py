@@ -288,7 +288,7 @@ def test_remat_reaches_both_halves_and_the_head(remat, stacks):
   keys = jax.random.split(jax.random.key(0), 2)
 
   def loss(x):
-    draws = objective.draw(keys, network)
+    draws = objective.draw(keys, network.config)
     return objective.loss(network, x, jnp.array([0, 2]), draws)
 
   assert str(jax.make_jaxpr(loss)(x)).count("prevent_cse") == stacks

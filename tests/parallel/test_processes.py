@@ -16,7 +16,7 @@ from tests.job import started, two_processes
 PROGRAM = """
 import jax, numpy as np
 from jax.sharding import Mesh
-from arflow_jax.parallel import mesh, processes
+from arflow_jax.parallel import agreement, mesh, processes
 
 processes.start()
 devices = np.array(jax.devices())[[0, 2, 1, 3]].reshape(2, 2)  # not in order
@@ -37,6 +37,19 @@ flags += answer()
 processes.say("one voice")
 first = processes.common(rows)
 print(process, rows.tolist(), mine.tolist(), first.tolist(), flags)
+
+# Agreement: one wrong setting, one failure, one decision for all.
+def said(function, *args):
+  try:
+    return function(*args)
+  except Exception as error:
+    return f"{type(error).__name__}: {error}"
+
+agreement.compare(*agreement._program())
+facts = agreement.Facts("settings", {"steps": 4 + process}, "mend it")
+print(said(agreement.compare, facts))
+print(said(agreement.together, lambda: 1 // process))
+print("decided by", agreement.by_one(lambda: ["x" * 2000, process])[1])
 """
 
 
@@ -45,9 +58,25 @@ def test_two_processes_with_scattered_rows():
   first, second = two_processes(PROGRAM, devices=2)
   flags = "(True, False, True, 1, 3)"
   ours = "[0, 1, 4, 5]"
-  assert first == ["one voice", f"0 {ours} {ours} {ours} {flags}"]
+  differ = (
+    "ConfigError: the processes differ in settings: steps is 4 in process 0, 5"
+    " in process 1; mend it"
+  )
+  failed = "ZeroDivisionError: integer division or modulo by zero"
+  assert first == [
+    "one voice",
+    f"0 {ours} {ours} {ours} {flags}",
+    differ,
+    failed,
+    "decided by 0",
+  ]
   theirs, ours = ours, "[2, 3, 6, 7]"
-  assert second == [f"1 {ours} {ours} {theirs} {flags}"]
+  assert second == [
+    f"1 {ours} {ours} {theirs} {flags}",
+    differ,
+    f"Elsewhere: process 0 has failed: {failed}",
+    "decided by 0",
+  ]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from arflow_jax.errors import ConfigError
 from arflow_jax.sampling import run
-from arflow_jax.training import checkpoint, listing, loop
+from arflow_jax.training import checkpoint, listing, loop, newest
 from arflow_jax.training import program as program_lib
 from tests.tiny import flags, stored_state, tiny_config, trainer
 
@@ -141,7 +141,7 @@ def test_a_run_of_an_earlier_version_goes_on(
 ):
   """It has the losses that it would have had with the code that made it."""
   shutil.copytree(run, tmp_path / "run")
-  config = listing.read_config(str(tmp_path / "run")).unlock()
+  config = newest.read_config(str(tmp_path / "run")).unlock()
   config.steps, config.log.every = steps, every
   assert loop.train(config, str(tmp_path / "run")) == steps
   assert ("wrote no checksums" in caplog.text) == ("tiny_run" in run)
@@ -230,8 +230,8 @@ def test_a_read_that_keeps_failing_sets_nothing_aside(copy, monkeypatch, error):
 
 
 def test_only_unreadable_checkpoints_are_an_error(copy):
-  for newest in (copy / "checkpoints").iterdir():
-    shutil.rmtree(newest / "state")
+  for path in (copy / "checkpoints").iterdir():
+    shutil.rmtree(path / "state")
   with pytest.raises(ConfigError, match=r"none of the checkpoints .* \[2, 4\]"):
     loop.train(tiny_config(), str(copy))
   assert (copy / "checkpoints" / "4").is_dir()
@@ -264,7 +264,7 @@ def test_a_free_change_goes_on(copy):
     eval__num_samples=10,
   )
   assert loop.train(config, str(copy)) == 5
-  assert listing.read_config(str(copy)).sample.num_steps == 9
+  assert newest.read_config(str(copy)).sample.num_steps == 9
 
 
 def test_retention_keeps_the_newest_and_every_kth(tmp_path):

@@ -105,13 +105,14 @@ def test_randomness_belongs_to_the_item():
 
 
 def test_label_dropout_takes_its_share():
-  from arflow_jax.arflow.trajectory import noisy_trajectory
+  from arflow_jax.arflow import trajectory
 
   keys = state.item_keys(0, jnp.int32(0), 2000)
   images, labels = jnp.zeros((2000, 5, 2, 2, 1)), jnp.full(2000, 3)
-  noisy = noisy_trajectory(
-    images, labels, keys, null_label=10, label_dropout=0.1
+  draws = trajectory.draw(
+    labels, keys, images.shape[1:], null_label=10, label_dropout=0.1
   )
+  noisy = trajectory.noisy_trajectory(images, draws)
   share = float((noisy.labels == 10).mean())
   assert 0.07 < share < 0.13
   assert set(np.unique(noisy.labels)) == {3, 10}
