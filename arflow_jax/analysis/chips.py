@@ -12,8 +12,11 @@ import re
 from arflow_jax.config import nearest
 from arflow_jax.errors import ConfigError
 
-_FLAT = "2x2 2x4 4x4 4x8 8x8 8x16 16x16"
-_CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = (
+  *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
+  *("8x8x8", "8x8x16", "8x16x16"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Chip:
       the compiler's estimate of a product of 4096 x 4096 bfloat16 matrices
       reaches 83% (tpu7x) to 97% (v5e) of it.
     slices: shapes that can be rented, by number of chips.
+    host: chips of the largest slice in one machine; of larger ones each
+      machine has four.
     devices: of one chip.
   """
 
@@ -38,6 +43,7 @@ class Chip:
   links: float
   flops_per_cycle: int
   slices: tuple[str, ...]
+  host: int
   devices: int = 1
 
   @property
@@ -51,14 +57,10 @@ def _gib(size: float) -> int:
 
 
 TPUS = {
-  "v5e": Chip(197e12, _gib(15.75), 819e9, 400e9, 2**17, tuple(_FLAT.split())),
-  "v6e": Chip(918e12, _gib(31.25), 1638e9, 800e9, 2**19, tuple(_FLAT.split())),
-  "v5p": Chip(
-    459e12, _gib(95.74), 2765e9, 1200e9, 2**18, tuple(_CUBES.split())
-  ),
-  "tpu7x": Chip(
-    2307e12, _gib(94.75), 7380e9, 1200e9, 2**19, tuple(_CUBES.split()), 2
-  ),
+  "v5e": Chip(197e12, _gib(15.75), 819e9, 400e9, 2**17, _FLAT, 8),
+  "v6e": Chip(918e12, _gib(31.25), 1638e9, 800e9, 2**19, _FLAT, 8),
+  "v5p": Chip(459e12, _gib(95.74), 2765e9, 1200e9, 2**18, _CUBES, 4),
+  "tpu7x": Chip(2307e12, _gib(94.75), 7380e9, 1200e9, 2**19, _CUBES, 4, 2),
 }
 
 
@@ -79,6 +81,12 @@ class Slice:
   devices: int
   hbm: int
   chip: Chip | None = None
+
+  @property
+  def hosts(self) -> int:
+    """Machines that its chips are in."""
+    alone = self.chip is None or self.chips <= self.chip.host
+    return 1 if alone else self.chips // 4
 
 
 def parse(name: str) -> Slice:

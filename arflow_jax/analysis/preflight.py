@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
-from arflow_jax.analysis import collectives, flops, footprint, tpu
+from arflow_jax.analysis import collectives, estimates, flops, footprint, tpu
 from arflow_jax.analysis.attention_static import compile_step
 from arflow_jax.analysis.benchmark import planned_memory
 from arflow_jax.analysis.chips import Slice, slices
@@ -52,7 +52,7 @@ def examine(
     "mesh": dict(mesh.shape),
     "config": config.to_dict(),
     "formula": formula,
-    "checkpoint": footprint.checkpoint(config),
+    "checkpoint": estimates.checkpoint(config, place),
     "fits": formula["total"] <= (1 - _MARGIN) * place.hbm,
     "work": _work(config),
   }
@@ -64,7 +64,7 @@ def examine(
     total = found["needed"] - formula["total"] + formula["temporaries"]
     factor = max(total, 0) / formula["temporaries"]
     if found["fits"]:
-      found["estimate"] = _estimate(config, found, place)
+      found["estimate"] = estimates.train(config, found, place)
   if not found["fits"]:
     found["alone"] = _alone(config, place, factor)
     found["remedy"] = _remedy(config, place, factor, dump)
@@ -133,40 +133,6 @@ def _refused(error: jax.errors.JaxRuntimeError) -> int:
   return int(float(size[1]) * 2 ** (10 * (1 + "KMGT".index(size[2]))))
 
 
-def _estimate(
-  config: ConfigDict, found: dict[str, Any], place: Slice
-) -> dict[str, Any]:
-  """What published peaks make of a step: seconds, and what follows of them."""
-  chip, work = place.chip, found["work"]
-  sent = sum(row["bytes"] for row in found["exchanges"])
-  parts = {
-    "products": work["flops"] / place.chips / chip.peak,
-    # State and temporaries are read and written at least once.
-    "memory": 2 * found["needed"] * chip.devices / chip.hbm_rate,
-    # Half of the published rate is what a chip can send.
-    "exchange": sent * chip.devices / (chip.links / 2),
-    "cycles": sum(found["cycles"].values()) / chip.clock,
-  }
-  compute = max(parts["products"], parts["memory"], parts["cycles"])
-  steps = {
-    "hidden": max(compute, parts["exchange"]),
-    "in_turn": compute + parts["exchange"],
-  }
-  return {
-    "parts": parts,
-    "steps": {
-      name: {
-        "seconds": seconds,
-        "mfu": parts["products"] / seconds,
-        "images_per_second": work["images"] / seconds,
-        "days": config.steps * seconds / 86_400,
-        "chip_hours": config.steps * seconds * place.chips / 3600,
-      }
-      for name, seconds in steps.items()
-    },
-  }
-
-
 def _alone(
   config: ConfigDict, place: Slice, factor: float
 ) -> list[dict[str, Any]]:
@@ -211,7 +177,8 @@ def _remedy(
     changed = footprint.changed(config, change)
     program = program_lib.build(changed, tpu.devices(place.name))
     if (answer := plan(program, place, dump))["fits"]:
-      estimate = _estimate(changed, {"work": _work(changed)} | answer, place)
+      worked = {"work": _work(changed)} | answer
+      estimate = estimates.train(changed, worked, place)
       return remedy | {"needed": answer["needed"], "estimate": estimate}
   return None
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from arflow_jax.analysis import estimates
 from arflow_jax.analysis.chips import parse
 
 _SHOWN = 8  # kinds of exchanges with a line of their own
@@ -9,7 +10,8 @@ _SHOWN = 8  # kinds of exchanges with a line of their own
 
 def table(found: dict[str, Any]) -> str:
   """The figures of `preflight.examine`, for people."""
-  lines = [*_head(found), "", *_bytes(found), "", *_work(found)]
+  lines = [*_head(found), "", *_bytes(found), *_checkpoint(found)]
+  lines += ["", *_work(found)]
   if "exchanges" in found:
     lines += ["", *_exchanges(found)]
   if "estimate" in found:
@@ -55,11 +57,25 @@ def _bytes(found: dict[str, Any]) -> list[str]:
     lines.append(f"  {name:26}{cells[0]:>14}{cells[1]:>14}  {note}".rstrip())
   needed = _size(found["needed"]) if "needed" in found else "-"
   lines.append(f"  {'in all':26}{needed:>14}{_size(formula['total']):>14}")
-  lines.append(
-    f"{'a checkpoint in all':28}{_size(found['checkpoint']):>14}"
-    "  before compression"
-  )
   return lines
+
+
+def _checkpoint(found: dict[str, Any]) -> list[str]:
+  saved = found["checkpoint"]
+  disk = f"{saved['kept']} kept at most, and one that is written"
+  hosts = f"{saved['hosts']} hosts" if saved["hosts"] > 1 else "one host"
+  waits = f"ESTIMATE: {hosts} at {estimates.TO_HOST / 1e9:.0f} GB/s (assumed)"
+  writes = (
+    f"ESTIMATE: at {estimates.TO_DISK / 1e9:.0f} GB/s a host (assumed), in the"
+    " background"
+  )
+  return [
+    f"{'a checkpoint in all':28}{_size(saved['bytes']):>14}"
+    "  before compression",
+    f"  {'disk':26}{_size(saved['disk']):>14}  {disk}",
+    f"  {'training waits':26}{saved['waits']:>12,.1f} s  {waits}",
+    f"  {'it is written in':26}{saved['writes']:>12,.1f} s  {writes}",
+  ]
 
 
 def _work(found: dict[str, Any]) -> list[str]:

@@ -7,23 +7,26 @@ from arflow_jax.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-  ("name", "count", "devices", "gib"),
+  ("name", "count", "devices", "hosts", "gib"),
   [
-    ("v5e:16x16", 256, 256, 15.75),
-    ("v6e:2x4", 8, 8, 31.25),
-    ("v5p:4x4x8", 128, 128, 95.74),
-    ("tpu7x:4x4x4", 64, 128, 94.75),  # two devices a chip
+    ("v5e:16x16", 256, 256, 64, 15.75),
+    ("v6e:2x4", 8, 8, 1, 31.25),
+    ("v5p:2x2x2", 8, 8, 2, 95.74),
+    ("v5p:4x4x8", 128, 128, 32, 95.74),
+    ("tpu7x:4x4x4", 64, 128, 16, 94.75),  # two devices a chip
   ],
 )
-def test_a_slice_of_tpus(name, count, devices, gib):
+def test_a_slice_of_tpus(name, count, devices, hosts, gib):
   place = chips.parse(name)
   assert (place.chips, place.devices) == (count, devices)
+  assert place.hosts == hosts
   assert place.hbm == pytest.approx(gib * 2**30)
 
 
 def test_a_gpu_is_known_by_its_memory():
   place = chips.parse("gpu:24GB")
   assert place == chips.Slice("gpu:24GB", 1, 1, 24 * 10**9)
+  assert place.hosts == 1
 
 
 @pytest.mark.parametrize(
