@@ -15,6 +15,7 @@ from arflow_jax.analysis.chips import Slice
 # disks and buckets differ widely.
 TO_HOST = 10e9  # from its devices to its memory
 TO_DISK = 1e9  # from there to a disk or a bucket
+IMAGES = 50_000  # of which FID is taken
 
 
 def train(
@@ -39,6 +40,32 @@ def train(
         "images_per_second": found["work"]["images"] / seconds,
         "days": config.steps * seconds / 86_400,
         "chip_hours": config.steps * seconds * place.chips / 3600,
+      }
+      for name, seconds in _bounds(parts).items()
+    },
+  }
+
+
+def sample(found: dict[str, Any], place: Slice) -> dict[str, Any]:
+  """Seconds of a block of images, and of as many as FID is taken from.
+
+  Args:
+    found: `work`, `needed`, `exchanges` and `cycles` of the compiled sampler.
+    place: where it would run.
+  """
+  moved = 2 * found["needed"] * place.chip.devices
+  parts = _parts(found, place, moved / place.chip.hbm_rate)
+  images = found["work"]["images"]
+  blocks = -(-IMAGES // images)
+  return {
+    "parts": parts,
+    "blocks": {
+      name: {
+        "seconds": seconds,
+        "mfu": parts["products"] / seconds,
+        "images_per_second": images / seconds,
+        "hours": blocks * seconds / 3600,
+        "chip_hours": blocks * seconds * place.chips / 3600,
       }
       for name, seconds in _bounds(parts).items()
     },

@@ -8,17 +8,20 @@ where nothing can be compiled, or too much, `footprint` is a formula.
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
 from arflow_jax.analysis import collectives, estimates, flops, footprint, tpu
-from arflow_jax.analysis.attention_static import compile_step
+from arflow_jax.analysis.attention_static import compile_counted
 from arflow_jax.analysis.benchmark import planned_memory
 from arflow_jax.analysis.chips import Slice, slices
 from arflow_jax.errors import ConfigError
+from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.training import memory
 from arflow_jax.training import program as program_lib
 
@@ -58,6 +61,8 @@ def examine(
   }
   factor = 1.0
   if on_tpu:
+    rows = config.batch_size // mesh_lib.batch_shards(mesh)
+    tpu.only_if_needed(*flops.loss(config, rows))
     program = program_lib.build(config, tpu.devices(place.name))
     found |= plan(program, place, dump)
     # The formula is often wrong by the same factor for similar settings.
@@ -82,10 +87,34 @@ def _work(config: ConfigDict) -> dict[str, int]:
 def plan(
   program: program_lib.Program, place: Slice, dump: str | os.PathLike
 ) -> dict[str, Any]:
-  """What the compiler says, or that it refuses."""
+  """What the compiler says of a train step, or that it refuses."""
+  parts = footprint.state_bytes(program.abstract_state)
+  parts["batch"] = memory.size(program.abstract_batch)
+  args = (program.abstract_state, program.abstract_batch)
+  return compiled(program.mesh, program.step, args, parts, place, dump)
+
+
+def compiled(
+  mesh: Mesh,
+  function: Callable,
+  args: tuple,
+  parts: dict[str, int],
+  place: Slice,
+  dump: str | os.PathLike,
+) -> dict[str, Any]:
+  """What the compiler says of a program, or that it refuses.
+
+  Args:
+    mesh: the devices of `place`.
+    function: jitted.
+    args: shapes, types and shardings of its arguments.
+    parts: bytes of these on one device, by name.
+    place: what it should fit.
+    dump: the folder that `tpu.prepare` was given.
+  """
   begin = time.monotonic()
   try:
-    compiled, bundles = compile_step(program, dump)
+    built, bundles = compile_counted(mesh, function, args, dump)
   except jax.errors.JaxRuntimeError as error:
     return {
       "fits": False,
@@ -94,14 +123,12 @@ def plan(
       "compiler": tpu.version(),
     }
   seconds = time.monotonic() - begin
-  given = compiled.memory_analysis().argument_size_in_bytes
-  parts = footprint.state_bytes(program.abstract_state)
-  parts["batch"] = memory.size(program.abstract_batch)
-  parts["padding"] = given - sum(parts.values())
-  needed = planned_memory(compiled)
+  given = built.memory_analysis().argument_size_in_bytes
+  parts = parts | {"padding": given - sum(parts.values())}
+  needed = planned_memory(built)
   parts["temporaries"] = needed - given
-  cycles, runs = tpu.estimated_cycles(compiled)
-  sent = collectives.sent(compiled, program.mesh)
+  cycles, runs = tpu.estimated_cycles(built)
+  sent = collectives.sent(built, mesh)
   return {
     "fits": needed <= place.hbm,
     "needed": needed,
