@@ -20,7 +20,8 @@ def define(flags: cli.Flags) -> None:
     "string",
     "topology",
     None,
-    "Such as v5e:16x16, v6e:4x4, v5p:4x4x8, tpu7x:4x4x4 or gpu:80GB.",
+    "Such as v5e:16x16, v6e:4x4, v5p:4x4x8, tpu7x:4x4x4, two slices"
+    " 2xv5e:16x16, or gpu:80GB.",
     required=True,
   )
   flags.define(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from arflow_jax.analysis import footprint
+from arflow_jax.analysis import collectives, footprint
 from arflow_jax.analysis.chips import Slice
 
 # Bytes a second of one host. Assumed: neither is published for a TPU host, and
@@ -77,21 +77,30 @@ def _parts(
 ) -> dict[str, float]:
   """Seconds that each part of a program takes on its own."""
   chip = place.chip
-  sent = sum(row["bytes"] for row in found["exchanges"])
-  return {
+  sent, between = 0, 0
+  for row in found["exchanges"]:
+    if row["axes"] == collectives.SLICES:
+      between += row["bytes"]
+    else:
+      sent += row["bytes"]
+  parts = {
     "products": found["work"]["flops"] / place.chips / chip.peak,
     "memory": memory,
     # Half of the published rate is what a chip can send.
     "exchange": sent * chip.devices / (chip.links / 2),
     "cycles": sum(found["cycles"].values()) / chip.clock,
   }
+  if place.slices > 1:
+    parts["network"] = between * chip.devices / chip.network
+  return parts
 
 
 def _bounds(parts: dict[str, float]) -> dict[str, float]:
   compute = max(parts["products"], parts["memory"], parts["cycles"])
+  network = parts.get("network", 0.0)
   return {
-    "hidden": max(compute, parts["exchange"]),
-    "in_turn": compute + parts["exchange"],
+    "hidden": max(compute, parts["exchange"], network),
+    "in_turn": compute + parts["exchange"] + network,
   }
 
 

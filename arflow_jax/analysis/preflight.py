@@ -50,6 +50,7 @@ def examine(
   found = {
     "topology": place.name,
     "chips": place.chips,
+    "slices": place.slices,
     "devices": place.devices,
     "hbm": place.hbm,
     "mesh": dict(mesh.shape),
@@ -63,7 +64,7 @@ def examine(
   if on_tpu:
     rows = config.batch_size // mesh_lib.batch_shards(mesh)
     tpu.only_if_needed(*flops.loss(config, rows))
-    program = program_lib.build(config, tpu.devices(place.name))
+    program = program_lib.build(config, _devices(place))
     found |= plan(program, place, dump)
     # The formula is often wrong by the same factor for similar settings.
     total = found["needed"] - formula["total"] + formula["temporaries"]
@@ -77,6 +78,10 @@ def examine(
     found["factor"] = factor
     found["smallest"] = _smallest(config, place, factor)
   return found
+
+
+def _devices(place: Slice) -> list[jax.Device]:
+  return tpu.devices(place.topology, place.slices)
 
 
 def _work(config: ConfigDict) -> dict[str, int]:
@@ -128,7 +133,7 @@ def compiled(
   needed = planned_memory(built)
   parts["temporaries"] = needed - given
   cycles, runs = tpu.estimated_cycles(built)
-  sent = collectives.sent(built, mesh)
+  sent = collectives.sent(built, mesh, place.slices)
   return {
     "fits": needed <= place.hbm,
     "needed": needed,
@@ -202,7 +207,7 @@ def _remedy(
     if (tried := tried + 1) > _TRIES:
       break
     changed = footprint.changed(config, change)
-    program = program_lib.build(changed, tpu.devices(place.name))
+    program = program_lib.build(changed, _devices(place))
     if (answer := plan(program, place, dump))["fits"]:
       worked = {"work": _work(changed)} | answer
       estimate = estimates.train(changed, worked, place)
@@ -214,7 +219,7 @@ def _smallest(
   config: ConfigDict, place: Slice, factor: float
 ) -> dict[str, Any] | None:
   """The smallest slice of the generation that fits, by the formula."""
-  for other in slices(place.name.partition(":")[0]):
+  for other in slices(place.topology.partition(":")[0]):
     try:
       total = footprint.divide(config, other.devices, True, factor)["total"]
     except ConfigError:  # a mesh or batch that it does not divide

@@ -77,6 +77,8 @@ def _fewer(found: dict[str, Any]) -> list[str]:
 def _head(found: dict[str, Any]) -> list[str]:
   mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items())
   devices = f"{found['chips']} chips"
+  if found["slices"] > 1:
+    devices += f" in {found['slices']} slices"
   if found["devices"] != found["chips"]:
     devices += f" of {found['devices'] // found['chips']} devices each"
   if found["topology"].startswith("gpu:"):
@@ -181,11 +183,13 @@ def _parts(found: dict[str, Any]) -> list[str]:
     "memory": f"all bytes once in, once out, {chip.hbm_rate / 1e9:,.0f} GB/s"
     " a chip",
     "exchange": f"all links busy, each way {chip.links / 2e9:,.0f} GB/s a chip",
+    "network": f"between slices, {chip.network / 1e9:,.2f} GB/s a chip",
     "cycles": f"{xla / 1e6:,.1f} M of XLA, {kernels / 1e6:,.1f} M of kernels,"
     f" at {chip.clock / 1e9:.2f} GHz",
   }
   lines = ["ESTIMATES: nothing was run, peaks as published, no waiting"]
-  for name, note in notes.items():
+  for name in parts:
+    note = notes[name]
     lines.append(f"  {name:26}{1e3 * parts[name]:>11,.1f} ms  {note}")
   return lines
 

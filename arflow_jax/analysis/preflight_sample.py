@@ -51,7 +51,7 @@ def examine(
   channels = branch.image_shape[-1]
   pixels = sources.kind(config).pixels and channels in (1, 3)
   tpu.only_if_needed(*flops.drawing(config, 1))
-  mesh = run.drawing_mesh(tpu.devices(place.name))
+  mesh = run.drawing_mesh(tpu.devices(place.topology, place.slices))
   rows = images.rows(config.sample.block_size, mesh)
   decode = _latents
   if pixels:
@@ -66,6 +66,7 @@ def examine(
   found = {
     "topology": place.name,
     "chips": place.chips,
+    "slices": place.slices,
     "devices": place.devices,
     "hbm": place.hbm,
     "mesh": dict(mesh.shape),

@@ -111,9 +111,12 @@ def chip(name: str) -> Mesh:
   return Mesh(np.array(described.devices[:1]), ("chip",))
 
 
-def devices(name: str) -> list[jax.Device]:
-  """The devices of a whole topology, such as `v5e:16x16`."""
-  described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+def devices(name: str, slices: int = 1) -> list[jax.Device]:
+  """The devices of a whole topology, such as `v5e:16x16`, or of several."""
+  several = {"num_slices": slices} if slices > 1 else {}
+  described = topologies.get_topology_desc(
+    platform="tpu", topology_name=name, **several
+  )
   return described.devices
 
 

@@ -124,6 +124,19 @@ def test_a_tiny_sampler_compiled_for_four_chips(family, tmp_path):
   assert hidden["hours"] == pytest.approx(hidden["seconds"] * 6250 / 3600)
 
 
+@pytest.mark.slow
+def test_a_tiny_step_compiled_for_two_slices(tmp_path):
+  args = [*flags(batch_size=8, mesh__fsdp=2), "--topology=2xv5e:2x2"]
+  lines, found = compiled(tmp_path, *args)
+  assert "(8 chips in 2 slices), data 4 x fsdp 2" in lines[0]
+  sent = {row["axes"]: row["bytes"] for row in found["exchanges"][::-1]}
+  # Weights stay in a slice; a device hands on its part of the gradients.
+  parameters = found["bytes"]["parameters"]
+  assert parameters / 4 < sent["slices"] < 2 * parameters
+  assert "network" in found["estimate"]["parts"]
+  assert any("between slices" in line for line in lines)
+
+
 def test_a_tiny_step_compiled_for_four_chips(tmp_path):
   args = [*flags(batch_size=8, mesh__fsdp=2), "--topology=v5e:2x2"]
   lines, found = compiled(tmp_path, *args)
