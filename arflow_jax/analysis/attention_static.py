@@ -6,10 +6,12 @@ Nothing is run: see `analysis.tpu` for what the figures mean.
 import itertools
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import tqdm
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from arflow_jax.analysis import tpu
@@ -138,15 +140,31 @@ def steps(
 
 def compile_step(
   program: program_lib.Program, dump: str | os.PathLike
-) -> tuple[Any, dict]:
+) -> tuple[Any, dict[str, int]]:
   """The compiled step, and bundles of a whole call of each of its kernels."""
-  step, mesh = program.step, program.mesh
   args = (program.abstract_state, program.abstract_batch)
-  compiled = tpu.compile_for(mesh, step, *args)
+  return compile_counted(program.mesh, program.step, args, dump)
+
+
+def compile_counted(
+  mesh: Mesh, function: Callable, args: tuple, dump: str | os.PathLike
+) -> tuple[Any, dict[str, int]]:
+  """A compiled function, and bundles of a whole call of each of its kernels.
+
+  Args:
+    mesh: the devices.
+    function: jitted.
+    args: shapes, types and shardings of its arguments.
+    dump: the folder that `tpu.prepare` was given.
+  """
+  compiled = tpu.compile_for(mesh, function, *args)
+  runs = tpu.estimated_cycles(compiled)[1]
+  if not runs:
+    return compiled, {}
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    calls = {c.name: c for c in tpu.calls(step, *args)}
-  bundles = {}
-  for name in tpu.estimated_cycles(compiled)[1]:
-    call = next(c for c in calls.values() if c.name in name)
-    bundles[name] = tpu.bundles(name, dump) * call.programs
-  return compiled, bundles
+    calls = tpu.calls(function, *args)
+  # Of a kernel that is called in several sizes the largest counts.
+  programs = lambda name: max(c.programs for c in calls if c.name in name)
+  return compiled, {
+    name: tpu.bundles(name, dump) * programs(name) for name in runs
+  }

@@ -27,6 +27,12 @@ _KINDS = (
 _INSTRUCTION = re.compile(
   r"\s*(?:ROOT )?%[\w.\-]+ = (.+?) (" + "|".join(_KINDS) + r")(-start)?\("
 )
+# Slices hand their parts to the runtime of the data-center network.
+_HANDED = re.compile(
+  r"\s*(?:ROOT )?%[\w.\-]+ = \((\w+)\[([\d,]*)\].* send\(.*"
+  r'handler_name="xla_megascale_runtime".*_transfer_type="(\w+)"'
+)
+SLICES = "slices"  # in place of mesh axes
 
 
 class Exchange(NamedTuple):
@@ -37,7 +43,7 @@ class Exchange(NamedTuple):
       part only is a reduce-scatter.
     dtype: of the elements, as XLA calls it, such as "bf16".
     axes: the mesh axes along which devices exchange, such as "data" or
-      "data+fsdp".
+      "data+fsdp"; or `SLICES`, over the data-center network.
   """
 
   kind: str
@@ -46,21 +52,30 @@ class Exchange(NamedTuple):
 
 
 def sent(
-  compiled: Any, mesh: Mesh | AbstractMesh
+  compiled: Any, mesh: Mesh | AbstractMesh, slices: int = 1
 ) -> dict[Exchange, tuple[int, int]]:
   """Bytes that one device sends in one run, and the number of exchanges.
 
   Around a ring of n devices: (n-1)/n of the whole array to gather or scatter
-  it, twice that to reduce it, and all of it to pass it on.
+  it, twice that to reduce it, and all of it to pass it on. So also between
+  slices, of what a device hands to the data-center network.
 
   Args:
     compiled: the program; loops count by their length.
     mesh: in the order of the program's devices.
+    slices: that these devices make up.
   """
+  total: dict[Exchange, list[int]] = collections.defaultdict(lambda: [0, 0])
   found: dict[str, tuple[int, str, str]] = {}
   text = compiled.as_text()
   for times, place, line in tpu.instructions(text, fusions=True):
-    if match := _INSTRUCTION.match(line):
+    if handed := _HANDED.match(line):
+      kind = handed[3].lower().replace("_", "-")
+      row = total[Exchange(kind, handed[1], SLICES)]
+      share = (slices - 1) / slices * (2 if kind == "all-reduce" else 1)
+      row[0] += times * int(share * _size(handed[1], handed[2]))
+      row[1] += times
+    elif match := _INSTRUCTION.match(line):
       kind = match[2]
       if place.startswith("all-reduce-scatter"):  # each keeps its part of it
         kind = "scattered"
@@ -69,7 +84,6 @@ def sent(
       key = channel[1] if channel and channel[1] != "1" else line
       if times > found.get(key, (0,))[0]:
         found[key] = (times, kind, line)
-  total: dict[Exchange, list[int]] = collections.defaultdict(lambda: [0, 0])
   for times, kind, line in found.values():
     group = _members(line, mesh.size)
     share = (len(group) - 1) / len(group)
@@ -89,12 +103,17 @@ def sent(
 def _arrays(instruction: re.Match) -> list[tuple[str, int]]:
   """Types and bytes of what an exchange handles."""
   found = [
-    (kind, math.prod(map(int, filter(None, dims.split(",")))) * _width(kind))
+    (kind, _size(kind, dims))
     for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", instruction[1])
   ]
   if instruction[3] and instruction[2] != "all-reduce":
     return [max(found, key=lambda x: x[1])]  # beside what goes in, and marks
   return found
+
+
+def _size(dtype: str, dims: str) -> int:
+  """Bytes of an array such as `f32` of `4,128`."""
+  return math.prod(map(int, filter(None, dims.split(",")))) * _width(dtype)
 
 
 def _width(dtype: str) -> int:

@@ -4,6 +4,7 @@ Matrix products and convolutions only (2 per multiply-add), loops multiplied by
 their length: XLA's own count takes a loop body once.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,15 +32,35 @@ def train_step(config: ConfigDict) -> int:
 
   What remat computes twice counts once.
   """
+  return 3 * count(*loss(config, config.batch_size))
+
+
+def sample(config: ConfigDict, rows: int) -> int:
+  """Model FLOPs of drawing so many images by the config's sample settings."""
+  return count(*drawing(config, rows))
+
+
+def loss(config: ConfigDict, rows: int) -> tuple[Any, ...]:
+  """The loss of so many items, and the shapes of its arguments."""
   branch = branches.build(config)
-  rows = config.batch_size
   params = jax.eval_shape(branch.init, jax.random.key(0))
   keys = jax.eval_shape(lambda: state.item_keys(0, jnp.int32(0), rows))
   batch = {
     "images": jax.ShapeDtypeStruct((rows, *branch.item_shape), jnp.float32),
     "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
   }
-  return 3 * count(branch.loss, params, batch, keys)
+  return branch.loss, params, batch, keys
+
+
+def drawing(config: ConfigDict, rows: int) -> tuple[Any, ...]:
+  """The sampler of so many images, and the shapes of its arguments."""
+  branch = branches.build(config)
+  draw = functools.partial(
+    branch.sample, settings=branch.settings(config.sample)
+  )
+  params = jax.eval_shape(branch.init, jax.random.key(0))
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+  return draw, params, keys, jax.ShapeDtypeStruct((rows,), jnp.int32)
 
 
 def _jaxpr(jaxpr) -> int:

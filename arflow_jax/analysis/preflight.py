@@ -8,17 +8,20 @@ where nothing can be compiled, or too much, `footprint` is a formula.
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from arflow_jax import config as config_lib
-from arflow_jax.analysis import collectives, flops, footprint, tpu
-from arflow_jax.analysis.attention_static import compile_step
+from arflow_jax.analysis import collectives, estimates, flops, footprint, tpu
+from arflow_jax.analysis.attention_static import compile_counted
 from arflow_jax.analysis.benchmark import planned_memory
 from arflow_jax.analysis.chips import Slice, slices
 from arflow_jax.errors import ConfigError
+from arflow_jax.parallel import mesh as mesh_lib
 from arflow_jax.training import memory
 from arflow_jax.training import program as program_lib
 
@@ -47,24 +50,27 @@ def examine(
   found = {
     "topology": place.name,
     "chips": place.chips,
+    "slices": place.slices,
     "devices": place.devices,
     "hbm": place.hbm,
     "mesh": dict(mesh.shape),
     "config": config.to_dict(),
     "formula": formula,
-    "checkpoint": footprint.checkpoint(config),
+    "checkpoint": estimates.checkpoint(config, place),
     "fits": formula["total"] <= (1 - _MARGIN) * place.hbm,
     "work": _work(config),
   }
   factor = 1.0
   if on_tpu:
-    program = program_lib.build(config, tpu.devices(place.name))
+    rows = config.batch_size // mesh_lib.batch_shards(mesh)
+    tpu.only_if_needed(*flops.loss(config, rows))
+    program = program_lib.build(config, _devices(place))
     found |= plan(program, place, dump)
     # The formula is often wrong by the same factor for similar settings.
     total = found["needed"] - formula["total"] + formula["temporaries"]
     factor = max(total, 0) / formula["temporaries"]
     if found["fits"]:
-      found["estimate"] = _estimate(config, found, place)
+      found["estimate"] = estimates.train(config, found, place)
   if not found["fits"]:
     found["alone"] = _alone(config, place, factor)
     found["remedy"] = _remedy(config, place, factor, dump)
@@ -72,6 +78,10 @@ def examine(
     found["factor"] = factor
     found["smallest"] = _smallest(config, place, factor)
   return found
+
+
+def _devices(place: Slice) -> list[jax.Device]:
+  return tpu.devices(place.topology, place.slices)
 
 
 def _work(config: ConfigDict) -> dict[str, int]:
@@ -82,10 +92,34 @@ def _work(config: ConfigDict) -> dict[str, int]:
 def plan(
   program: program_lib.Program, place: Slice, dump: str | os.PathLike
 ) -> dict[str, Any]:
-  """What the compiler says, or that it refuses."""
+  """What the compiler says of a train step, or that it refuses."""
+  parts = footprint.state_bytes(program.abstract_state)
+  parts["batch"] = memory.size(program.abstract_batch)
+  args = (program.abstract_state, program.abstract_batch)
+  return compiled(program.mesh, program.step, args, parts, place, dump)
+
+
+def compiled(
+  mesh: Mesh,
+  function: Callable,
+  args: tuple,
+  parts: dict[str, int],
+  place: Slice,
+  dump: str | os.PathLike,
+) -> dict[str, Any]:
+  """What the compiler says of a program, or that it refuses.
+
+  Args:
+    mesh: the devices of `place`.
+    function: jitted.
+    args: shapes, types and shardings of its arguments.
+    parts: bytes of these on one device, by name.
+    place: what it should fit.
+    dump: the folder that `tpu.prepare` was given.
+  """
   begin = time.monotonic()
   try:
-    compiled, bundles = compile_step(program, dump)
+    built, bundles = compile_counted(mesh, function, args, dump)
   except jax.errors.JaxRuntimeError as error:
     return {
       "fits": False,
@@ -94,14 +128,12 @@ def plan(
       "compiler": tpu.version(),
     }
   seconds = time.monotonic() - begin
-  given = compiled.memory_analysis().argument_size_in_bytes
-  parts = footprint.state_bytes(program.abstract_state)
-  parts["batch"] = memory.size(program.abstract_batch)
-  parts["padding"] = given - sum(parts.values())
-  needed = planned_memory(compiled)
+  given = built.memory_analysis().argument_size_in_bytes
+  parts = parts | {"padding": given - sum(parts.values())}
+  needed = planned_memory(built)
   parts["temporaries"] = needed - given
-  cycles, runs = tpu.estimated_cycles(compiled)
-  sent = collectives.sent(compiled, program.mesh)
+  cycles, runs = tpu.estimated_cycles(built)
+  sent = collectives.sent(built, mesh, place.slices)
   return {
     "fits": needed <= place.hbm,
     "needed": needed,
@@ -131,40 +163,6 @@ def _refused(error: jax.errors.JaxRuntimeError) -> int:
   if "RESOURCE_EXHAUSTED" not in str(error) or size is None:
     raise error
   return int(float(size[1]) * 2 ** (10 * (1 + "KMGT".index(size[2]))))
-
-
-def _estimate(
-  config: ConfigDict, found: dict[str, Any], place: Slice
-) -> dict[str, Any]:
-  """What published peaks make of a step: seconds, and what follows of them."""
-  chip, work = place.chip, found["work"]
-  sent = sum(row["bytes"] for row in found["exchanges"])
-  parts = {
-    "products": work["flops"] / place.chips / chip.peak,
-    # State and temporaries are read and written at least once.
-    "memory": 2 * found["needed"] * chip.devices / chip.hbm_rate,
-    # Half of the published rate is what a chip can send.
-    "exchange": sent * chip.devices / (chip.links / 2),
-    "cycles": sum(found["cycles"].values()) / chip.clock,
-  }
-  compute = max(parts["products"], parts["memory"], parts["cycles"])
-  steps = {
-    "hidden": max(compute, parts["exchange"]),
-    "in_turn": compute + parts["exchange"],
-  }
-  return {
-    "parts": parts,
-    "steps": {
-      name: {
-        "seconds": seconds,
-        "mfu": parts["products"] / seconds,
-        "images_per_second": work["images"] / seconds,
-        "days": config.steps * seconds / 86_400,
-        "chip_hours": config.steps * seconds * place.chips / 3600,
-      }
-      for name, seconds in steps.items()
-    },
-  }
 
 
 def _alone(
@@ -209,9 +207,10 @@ def _remedy(
     if (tried := tried + 1) > _TRIES:
       break
     changed = footprint.changed(config, change)
-    program = program_lib.build(changed, tpu.devices(place.name))
+    program = program_lib.build(changed, _devices(place))
     if (answer := plan(program, place, dump))["fits"]:
-      estimate = _estimate(changed, {"work": _work(changed)} | answer, place)
+      worked = {"work": _work(changed)} | answer
+      estimate = estimates.train(changed, worked, place)
       return remedy | {"needed": answer["needed"], "estimate": estimate}
   return None
 
@@ -220,7 +219,7 @@ def _smallest(
   config: ConfigDict, place: Slice, factor: float
 ) -> dict[str, Any] | None:
   """The smallest slice of the generation that fits, by the formula."""
-  for other in slices(place.name.partition(":")[0]):
+  for other in slices(place.topology.partition(":")[0]):
     try:
       total = footprint.divide(config, other.devices, True, factor)["total"]
     except ConfigError:  # a mesh or batch that it does not divide

@@ -1,7 +1,9 @@
 """What preflight prints: one table, at most 100 columns wide."""
 
+from collections.abc import Callable
 from typing import Any
 
+from arflow_jax.analysis import estimates
 from arflow_jax.analysis.chips import parse
 
 _SHOWN = 8  # kinds of exchanges with a line of their own
@@ -9,24 +11,80 @@ _SHOWN = 8  # kinds of exchanges with a line of their own
 
 def table(found: dict[str, Any]) -> str:
   """The figures of `preflight.examine`, for people."""
-  lines = [*_head(found), "", *_bytes(found), "", *_work(found)]
+  lines = [*_head(found), "", *_bytes(found), *_checkpoint(found)]
+  lines += ["", *_work(found)]
   if "exchanges" in found:
-    lines += ["", *_exchanges(found)]
+    lines += ["", *_exchanges(found, "step")]
   if "estimate" in found:
     lines += ["", *_estimate(found)]
   lines += ["", *_advice(found)]
   return "\n".join(lines).rstrip()
 
 
+def sampler_table(found: dict[str, Any]) -> str:
+  """The figures of `preflight_sample.examine`, for people."""
+  images, flops = found["work"]["images"], found["work"]["flops"]
+  lines = [*_head(found), ""]
+  if "bytes" in found:
+    notes = {
+      "parameters": "the average, whole on every device",
+      "temporaries": "" if found["pixels"] else "no decoder of latents in it",
+    }
+    lines.append("bytes of one device")
+    for name, size in found["bytes"].items():
+      lines.append(
+        f"  {name:26}{_size(size):>14}  {notes.get(name, '')}".rstrip()
+      )
+  lines += [
+    f"{'images of one block':28}{images:>14,}"
+    f"  of sample.block_size={found['config']['sample']['block_size']},"
+    f" {images // found['devices']} on each device",
+    f"{'model FLOPs of one image':28}{flops / images / 1e12:>12,.3f} T"
+    "  all steps, guidance included",
+  ]
+  if "estimate" not in found:
+    return "\n".join([*lines, "", *_fewer(found)])
+  if found["exchanges"]:
+    lines += ["", *_exchanges(found, "block")]
+  lines += ["", *_parts(found)]
+  blocks = list(found["estimate"]["blocks"].values())
+  return "\n".join(
+    lines
+    + _columns(
+      blocks,
+      {
+        "a block": lambda b: f"{b['seconds']:,.2f} s",
+        "model FLOPs utilisation": lambda b: f"{b['mfu']:.1%}",
+        "images/s": lambda b: f"{b['images_per_second']:,.1f}",
+        f"hours, {estimates.IMAGES:,} images": lambda b: f"{b['hours']:,.2f}",
+        "chip-hours of these": lambda b: f"{b['chip_hours']:,.1f}",
+      },
+    )
+  )
+
+
+def _fewer(found: dict[str, Any]) -> list[str]:
+  """What may help a sampler that does not fit."""
+  each = found["work"]["images"] // found["devices"]
+  if each > 1:
+    return [
+      f"lower sample.block_size: with {found['devices']} each device draws one"
+      f" image at a time instead of {each}"
+    ]
+  return ["each device draws one image at a time already: take larger chips"]
+
+
 def _head(found: dict[str, Any]) -> list[str]:
   mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items())
   devices = f"{found['chips']} chips"
+  if found["slices"] > 1:
+    devices += f" in {found['slices']} slices"
   if found["devices"] != found["chips"]:
     devices += f" of {found['devices'] // found['chips']} devices each"
   if found["topology"].startswith("gpu:"):
     devices = "one GPU, by a formula alone"
   verdict = "FITS" if found["fits"] else "DOES NOT FIT"
-  needed = found.get("needed", found["formula"]["total"])
+  needed = found.get("needed") or found["formula"]["total"]
   lines = [
     f"{found['config']['branch']} on {found['topology']} ({devices}), {mesh}",
     f"{verdict}: {_size(needed)} of {_size(found['hbm'])} on each device"
@@ -55,11 +113,25 @@ def _bytes(found: dict[str, Any]) -> list[str]:
     lines.append(f"  {name:26}{cells[0]:>14}{cells[1]:>14}  {note}".rstrip())
   needed = _size(found["needed"]) if "needed" in found else "-"
   lines.append(f"  {'in all':26}{needed:>14}{_size(formula['total']):>14}")
-  lines.append(
-    f"{'a checkpoint in all':28}{_size(found['checkpoint']):>14}"
-    "  before compression"
-  )
   return lines
+
+
+def _checkpoint(found: dict[str, Any]) -> list[str]:
+  saved = found["checkpoint"]
+  disk = f"{saved['kept']} kept at most, and one that is written"
+  hosts = f"{saved['hosts']} hosts" if saved["hosts"] > 1 else "one host"
+  waits = f"ESTIMATE: {hosts} at {estimates.TO_HOST / 1e9:.0f} GB/s (assumed)"
+  writes = (
+    f"ESTIMATE: at {estimates.TO_DISK / 1e9:.0f} GB/s a host (assumed), in the"
+    " background"
+  )
+  return [
+    f"{'a checkpoint in all':28}{_size(saved['bytes']):>14}"
+    "  before compression",
+    f"  {'disk':26}{_size(saved['disk']):>14}  {disk}",
+    f"  {'training waits':26}{saved['waits']:>12,.1f} s  {waits}",
+    f"  {'it is written in':26}{saved['writes']:>12,.1f} s  {writes}",
+  ]
 
 
 def _work(found: dict[str, Any]) -> list[str]:
@@ -71,10 +143,10 @@ def _work(found: dict[str, Any]) -> list[str]:
   ]
 
 
-def _exchanges(found: dict[str, Any]) -> list[str]:
+def _exchanges(found: dict[str, Any], call: str) -> list[str]:
   rows = found["exchanges"]
   total = sum(row["bytes"] for row in rows)
-  lines = [f"{'sent by one device in a step':28}{total / 1e6:>11,.1f} MB"]
+  lines = [f"{f'sent by one device in a {call}':28}{total / 1e6:>11,.1f} MB"]
   for row in rows[:_SHOWN]:
     name = f"{row['kind']}, {row['dtype']}"
     lines.append(
@@ -87,6 +159,22 @@ def _exchanges(found: dict[str, Any]) -> list[str]:
 
 
 def _estimate(found: dict[str, Any]) -> list[str]:
+  return _parts(found) + _columns(
+    list(found["estimate"]["steps"].values()),
+    {
+      "a step": lambda s: f"{1e3 * s['seconds']:,.1f} ms",
+      "model FLOPs utilisation": lambda s: f"{s['mfu']:.1%}",
+      "images/s": lambda s: f"{s['images_per_second']:,.0f}",
+      f"days, {found['config']['steps']:,} steps": lambda s: (
+        f"{s['days']:,.2f}"
+      ),
+      "chip-hours of these": lambda s: f"{s['chip_hours']:,.0f}",
+    },
+  )
+
+
+def _parts(found: dict[str, Any]) -> list[str]:
+  """What each part of a program takes on its own."""
   chip = parse(found["topology"]).chip
   parts = found["estimate"]["parts"]
   xla, kernels = found["cycles"]["xla"], found["cycles"]["kernels"]
@@ -95,22 +183,24 @@ def _estimate(found: dict[str, Any]) -> list[str]:
     "memory": f"all bytes once in, once out, {chip.hbm_rate / 1e9:,.0f} GB/s"
     " a chip",
     "exchange": f"all links busy, each way {chip.links / 2e9:,.0f} GB/s a chip",
+    "network": f"between slices, {chip.network / 1e9:,.2f} GB/s a chip",
     "cycles": f"{xla / 1e6:,.1f} M of XLA, {kernels / 1e6:,.1f} M of kernels,"
     f" at {chip.clock / 1e9:.2f} GHz",
   }
   lines = ["ESTIMATES: nothing was run, peaks as published, no waiting"]
-  for name, note in notes.items():
+  for name in parts:
+    note = notes[name]
     lines.append(f"  {name:26}{1e3 * parts[name]:>11,.1f} ms  {note}")
-  steps = list(found["estimate"]["steps"].values())
-  lines.append(f"{'where exchanges are':28}{'hidden':>14}{'not hidden':>14}")
-  for name, text in {
-    "a step": lambda s: f"{1e3 * s['seconds']:,.1f} ms",
-    "model FLOPs utilisation": lambda s: f"{s['mfu']:.1%}",
-    "images/s": lambda s: f"{s['images_per_second']:,.0f}",
-    f"days, {found['config']['steps']:,} steps": lambda s: f"{s['days']:,.2f}",
-    "chip-hours of these": lambda s: f"{s['chip_hours']:,.0f}",
-  }.items():
-    lines.append(f"  {name:26}{text(steps[0]):>14}{text(steps[1]):>14}")
+  return lines
+
+
+def _columns(
+  bounds: list[dict[str, float]], rows: dict[str, Callable[[dict], str]]
+) -> list[str]:
+  """The two bounds of an estimate beside each other."""
+  lines = [f"{'where exchanges are':28}{'hidden':>14}{'not hidden':>14}"]
+  for name, text in rows.items():
+    lines.append(f"  {name:26}{text(bounds[0]):>14}{text(bounds[1]):>14}")
   return lines
 
 

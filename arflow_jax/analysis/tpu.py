@@ -25,11 +25,18 @@ import jax
 import jax.extend.core
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractDevice,
+  AbstractMesh,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 from arflow_jax import signals
 from arflow_jax.errors import ConfigError
 
+_WRITE = "--xla_jf_dump_to"
 # One chip of each generation. A v5p host has four.
 CHIPS = {
   "v5e": ("v5e:1x1", {"chips_per_host_bounds": (1, 1, 1)}),
@@ -59,10 +66,25 @@ def prepare(dump: str | os.PathLike) -> None:
   os.environ.setdefault("TPU_WORKER_ID", "0")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   os.environ["LIBTPU_INIT_ARGS"] = (
-    f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={dump}"
+    f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_WRITE}={dump}"
     " --xla_jf_dump_llo_text=true"
     " --xla_jf_dump_llo_pass_label_regex=.*final.*"
   )
+
+
+def only_if_needed(function: Callable, *args: Any) -> None:
+  """Takes back that schedules are written, if a function has no kernels.
+
+  Writing them takes the compiler a third of its time. It is told once: call
+  this before the compiler is loaded.
+  """
+  device = AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+  one = AbstractMesh((1,), ("data",), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(one):
+    traced = jax.make_jaxpr(function)(*args)
+  if not any(True for _ in _pallas_calls(traced.jaxpr)):
+    given = os.environ["LIBTPU_INIT_ARGS"].partition(_WRITE)[0]
+    os.environ["LIBTPU_INIT_ARGS"] = given.strip()
 
 
 @contextlib.contextmanager
@@ -89,9 +111,12 @@ def chip(name: str) -> Mesh:
   return Mesh(np.array(described.devices[:1]), ("chip",))
 
 
-def devices(name: str) -> list[jax.Device]:
-  """The devices of a whole topology, such as `v5e:16x16`."""
-  described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+def devices(name: str, slices: int = 1) -> list[jax.Device]:
+  """The devices of a whole topology, such as `v5e:16x16`, or of several."""
+  several = {"num_slices": slices} if slices > 1 else {}
+  described = topologies.get_topology_desc(
+    platform="tpu", topology_name=name, **several
+  )
   return described.devices
 
 
@@ -165,11 +190,15 @@ def kernels(
 
 
 def bundles(name: str, dump: str | os.PathLike) -> int:
-  """Bundles of one program of a kernel, by the name of its instruction."""
-  pattern = f"*-{name}-*schedule-analysis_final_bundles.txt"
-  newest = max(
-    pathlib.Path(dump).glob(pattern), key=lambda p: p.stat().st_mtime
-  )
+  """Bundles of one program of a kernel, by the name of its instruction.
+
+  Of instructions that are alike the compiler writes down one.
+  """
+  folder, stem = pathlib.Path(dump), name.partition(".")[0]
+  for written in (name, f"{stem}.*"):
+    files = folder.glob(f"*-{written}-*schedule-analysis_final_bundles.txt")
+    if newest := max(files, key=lambda p: p.stat().st_mtime, default=None):
+      break
   return int(
     re.search(r"total scheduled bundles:\s*(\d+)", newest.read_text())[1]
   )

@@ -159,10 +159,10 @@ class Generator:
     self.settings = settings
     self._branch, self._params, self._mesh = branch, params, mesh
     self._seed = np.uint32(seed)
-    self._rows = -(-block_size // mesh.size) * mesh.size
+    self._rows = rows(block_size, mesh)
     drawn = jax.ShapeDtypeStruct((1, *branch.image_shape), jnp.float32)
     self.image_shape = jax.eval_shape(decode, drawn).shape[1:]
-    self._draw = _program(branch, settings, mesh, decode)
+    self._draw = program(branch, settings, mesh, decode)
 
   def blocks(
     self,
@@ -208,11 +208,27 @@ class Generator:
       yield Block(**real, images=images, finite=finite)
 
 
+def rows(block_size: int, mesh: Mesh) -> int:
+  """Images of a compiled call: every device draws as many as any other."""
+  return -(-block_size // mesh.size) * mesh.size
+
+
 @functools.lru_cache(maxsize=16)
-def _program(
+def program(
   branch: Branch, settings: Any, mesh: Mesh, decode: Decode
 ) -> Callable[..., tuple[UInt8[Array, "b p q K"], Bool[Array, ""]]]:
-  """The compiled drawing of a block, one for all generators that agree."""
+  """The jitted drawing of a block, one for all generators that agree.
+
+  Args:
+    branch: the model family.
+    settings: what `branch.settings` returned.
+    mesh: the devices that share a block.
+    decode: turns what the branch samples into uint8 pixels.
+
+  Returns:
+    `(params, {"indices", "labels"}, seed)` to the images, and whether all that
+    was drawn is finite.
+  """
 
   def draw(params, block, seed):
     keys = image_keys(seed, block["indices"])

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -78,13 +79,20 @@ def restore(workdir: str) -> Run:
     ConfigError: no readable checkpoint there.
   """
   agreement.start()
-  # Images share no work: each device draws its own with all the weights.
-  mesh = mesh_lib.make_mesh(config_lib.default_config().mesh)
+  mesh = drawing_mesh()
   config, params, step = checkpoint.load_weights(
     workdir, lambda stored: state.abstract_params(branches.build(stored), mesh)
   )
   # Another config than the stored one: it has the free keys of later launches.
   return Run(config, branches.build(config), params, step, mesh)
+
+
+def drawing_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh to draw on, of some devices or of all there are.
+
+  Images share no work: each device draws its own with all the weights.
+  """
+  return mesh_lib.make_mesh(config_lib.default_config().mesh, devices)
 
 
 def describe(settings: dict[str, Any]) -> str:

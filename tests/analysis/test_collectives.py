@@ -49,6 +49,25 @@ replica_groups={{{{0,1,2,3,4,5,6,7}}}}
 """
 
 
+def test_what_slices_hand_to_the_network():
+  program = """HloModule step
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %send.8 = (f32[1,3,128]{2,1,0:T(1,128)}, u32[], token[]) send(%bitcast.22, \
+%after-all.8), channel_id=16, is_host_transfer=true, frontend_attributes=\
+{_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.9 = (f32[4], u32[], token[]) send(%y, %t), channel_id=17
+  ROOT %done = token[] send-done(%send.8), channel_id=16
+}
+"""
+  compiled = types.SimpleNamespace(as_text=lambda: program)
+  found = collectives.sent(compiled, MESH, slices=4)
+  handed = Exchange("all-reduce", "f32", collectives.SLICES)
+  assert found == {handed: (3 * 128 * 4 * 2 * 3 // 4, 1)}
+
+
 def test_bytes_by_kind_type_and_axis():
   compiled = types.SimpleNamespace(as_text=lambda: PROGRAM)
   assert collectives.sent(compiled, MESH) == {

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from arflow_jax import cli, preflight
-from arflow_jax.analysis import chips, footprint
+from arflow_jax.analysis import chips, flops, footprint
 from arflow_jax.analysis import preflight as examination
 from tests.tiny import flags, tiny_config
 
@@ -78,11 +78,10 @@ def test_the_smallest_slice_has_room():
   assert found["formula"] < 0.85 * place.hbm
 
 
-def test_a_tiny_step_compiled_for_four_chips(tmp_path):
-  """In a process of its own: libtpu is told once where to write."""
+def compiled(tmp_path, *args):
+  """What is printed, by lines, and kept; libtpu needs a process of its own."""
   pytest.importorskip("libtpu", reason="libtpu is not installed: jax[tpu]")
   out = tmp_path / "kept.json"
-  args = [*flags(batch_size=8, mesh__fsdp=2), "--topology=v5e:2x2"]
   done = subprocess.run(
     [sys.executable, "-m", "arflow_jax.preflight", *args, f"--out={out}"],
     capture_output=True,
@@ -94,9 +93,55 @@ def test_a_tiny_step_compiled_for_four_chips(tmp_path):
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
   assert max(map(len, lines)) < 100
+  return lines, json.loads(out.read_text())
+
+
+def test_a_sampler_is_refused_where_nothing_is_compiled(capsys):
+  args = [*flags(), "--topology=gpu:24GB", "--what=sample"]
+  assert cli.execute(preflight, args) == 1
+  error = capsys.readouterr().err
+  assert "--what=sample: nothing is compiled for --topology=gpu:24GB" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["arflow", "flowar"])
+def test_a_tiny_sampler_compiled_for_four_chips(family, tmp_path):
+  few = {"sample__block_size": 6, "mesh__fsdp": 2}  # two images on each
+  args = [*flags(family, **few), "--topology=v5e:2x2", "--what=sample"]
+  lines, found = compiled(tmp_path, *args)
+  # Weights are whole on each device, whatever the mesh of training.
+  assert "v5e:2x2 (4 chips), data 4 x fsdp 1" in lines[0]
+  assert lines[1].startswith("FITS: ")
+  assert sum(found["bytes"].values()) == found["needed"] < found["hbm"]
+  whole = footprint.divide(tiny_config(family), 1, tpu=True)["parameters"]
+  assert found["bytes"]["parameters"] == whole
+  assert found["work"]["images"] == 8
+  assert found["work"]["flops"] == flops.sample(tiny_config(family), 8)
+  assert found["cycles"]["xla"] > 0
+  assert (found["cycles"]["kernels"] > 0) == (family == "arflow")
+  hidden, in_turn = found["estimate"]["blocks"].values()
+  assert 0 < hidden["seconds"] <= in_turn["seconds"]
+  assert hidden["hours"] == pytest.approx(hidden["seconds"] * 6250 / 3600)
+
+
+@pytest.mark.slow
+def test_a_tiny_step_compiled_for_two_slices(tmp_path):
+  args = [*flags(batch_size=8, mesh__fsdp=2), "--topology=2xv5e:2x2"]
+  lines, found = compiled(tmp_path, *args)
+  assert "(8 chips in 2 slices), data 4 x fsdp 2" in lines[0]
+  sent = {row["axes"]: row["bytes"] for row in found["exchanges"][::-1]}
+  # Weights stay in a slice; a device hands on its part of the gradients.
+  parameters = found["bytes"]["parameters"]
+  assert parameters / 4 < sent["slices"] < 2 * parameters
+  assert "network" in found["estimate"]["parts"]
+  assert any("between slices" in line for line in lines)
+
+
+def test_a_tiny_step_compiled_for_four_chips(tmp_path):
+  args = [*flags(batch_size=8, mesh__fsdp=2), "--topology=v5e:2x2"]
+  lines, found = compiled(tmp_path, *args)
   assert "v5e:2x2 (4 chips), data 2 x fsdp 2" in lines[0]
   assert lines[1].startswith("FITS: ")
-  found = json.loads(out.read_text())
   parts = found["bytes"]
   assert sum(parts.values()) == found["needed"] < found["hbm"]
   for name in ("parameters", "optimiser", "average", "batch"):
