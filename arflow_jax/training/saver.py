@@ -117,7 +117,7 @@ class Saver:
     if failure := self._wait():
       processes.say(failure)
     for pause in (*listing.PAUSES, None):
-      if step in listing.steps(self._workdir):
+      if step in listing.agreed_steps(self._workdir):
         return
       self._begin(step, state, window)
       if not (failure := self._wait()):
@@ -196,7 +196,7 @@ class Saver:
     why = listing.reason(error) if error else "another process says why"
     del error  # it holds on to what the failed save has left
     self._discard()  # the next one begins anew, and removes what is left
-    if self._step in listing.steps(self._workdir):
+    if self._step in listing.agreed_steps(self._workdir):
       processes.say(f"step {self._step} is saved, tidying up failed ({why})")
       self._failures = 0
       return ""

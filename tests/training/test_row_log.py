@@ -125,6 +125,7 @@ def test_a_run_that_moves_is_the_run_that_stays(family, tmp_path):
   same = {
     "batch_size": 8,
     "debug__rows": True,
+    "debug__replicas": 2,
     "log__every": 1,
     "checkpoint__every": 3,
     "optimizer__warmup_steps": 2,
