@@ -3,6 +3,7 @@
 Nothing is run: see `analysis.tpu` for what the figures mean.
 """
 
+import collections
 import itertools
 import os
 import time
@@ -14,7 +15,7 @@ import tqdm
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from arflow_jax.analysis import tpu
+from arflow_jax.analysis import chips, tpu
 from arflow_jax.analysis.attention_bench import Problem, check, temporary
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
@@ -115,9 +116,10 @@ def steps(
     config.model.update(dtype="bfloat16", remat="full", attention=name)
     program = program_lib.build(config, tpu.devices(PODS[chip]))
     begin = time.monotonic()
-    compiled, bundles = compile_step(program, dump)
+    place = chips.parse(PODS[chip])
+    compiled, kernels = compile_step(program, dump, place.chip)
     cycles, runs = tpu.estimated_cycles(compiled)
-    own = sum(runs[kernel] * bundles[kernel] for kernel in runs)
+    own = sum(runs[kernel] * kernels[kernel] for kernel in runs)
     total = cycles + own
     if name == "xla":
       whole = total
@@ -139,32 +141,50 @@ def steps(
 
 
 def compile_step(
-  program: program_lib.Program, dump: str | os.PathLike
+  program: program_lib.Program, dump: str | os.PathLike, chip: chips.Chip
 ) -> tuple[Any, dict[str, int]]:
-  """The compiled step, and bundles of a whole call of each of its kernels."""
+  """The compiled step, and cycles of a whole call of each of its kernels."""
   args = (program.abstract_state, program.abstract_batch)
-  return compile_counted(program.mesh, program.step, args, dump)
+  return compile_counted(program.mesh, program.step, args, dump, chip)
 
 
 def compile_counted(
-  mesh: Mesh, function: Callable, args: tuple, dump: str | os.PathLike
+  mesh: Mesh,
+  function: Callable,
+  args: tuple,
+  dump: str | os.PathLike,
+  chip: chips.Chip,
 ) -> tuple[Any, dict[str, int]]:
-  """A compiled function, and bundles of a whole call of each of its kernels.
+  """A compiled function, and cycles of a whole call of each of its kernels.
+
+  These are its bundles, or what its blocks take between HBM and VMEM at the
+  published rate where that is longer.
 
   Args:
     mesh: the devices.
     function: jitted.
     args: shapes, types and shardings of its arguments.
     dump: the folder that `tpu.prepare` was given.
+    chip: what the devices are of.
   """
   compiled = tpu.compile_for(mesh, function, *args)
   runs = tpu.estimated_cycles(compiled)[1]
   if not runs:
     return compiled, {}
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    calls = tpu.calls(function, *args)
-  # Of a kernel that is called in several sizes the largest counts.
-  programs = lambda name: max(c.programs for c in calls if c.name in name)
-  return compiled, {
-    name: tpu.bundles(name, dump) * programs(name) for name in runs
-  }
+    traced = sorted(tpu.calls(function, *args), key=lambda c: c.programs)
+  calls = {call.name: call for call in traced}  # of several sizes the largest
+  # Of calls that are the same the compiler schedules one.
+  names = collections.defaultdict(list)
+  for name in runs:
+    names[next(call for call in calls if call in name)].append(name)
+  rate = chip.hbm_rate / chip.devices / chip.clock  # bytes a cycle
+  cycles = {}
+  for kernel, found in names.items():
+    call = calls[kernel]
+    scheduled = {name: tpu.bundles(name, dump) for name in found}
+    most = max(filter(None, scheduled.values()))
+    for name in found:
+      own = scheduled[name] or most
+      cycles[name] = max(own * call.programs, int(call.moved / rate))
+  return compiled, cycles

@@ -119,7 +119,7 @@ def compiled(
   """
   begin = time.monotonic()
   try:
-    built, bundles = compile_counted(mesh, function, args, dump)
+    built, kernels = compile_counted(mesh, function, args, dump, place.chip)
   except jax.errors.JaxRuntimeError as error:
     return {
       "fits": False,
@@ -148,7 +148,7 @@ def compiled(
     ],
     "cycles": {
       "xla": cycles,
-      "kernels": sum(runs[name] * bundles[name] for name in runs),
+      "kernels": sum(runs[name] * kernels[name] for name in runs),
     },
   }
 

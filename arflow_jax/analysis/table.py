@@ -52,9 +52,9 @@ def row(name: str, config: ConfigDict, kept: list[dict[str, Any]]) -> str:
     kept: what preflight found of configs, this one among them or not.
   """
   weights = footprint.checkpoint(config) / 16  # with average and two moments
-  cells = [f"{name:24}", f"{weights / 1e6:>6,.0f}", f"{config.model.remat:>5}"]
-  cells.append(f"{flops.train_step(config) / 1e12:>9,.1f}")
-  cells += [f"{_cell(config, chips.parse(s), kept):>10}" for s in SLICES]
+  cells = [f"{name:22}", f"{weights / 1e6:>5,.0f}", f"{config.model.remat:>5}"]
+  cells.append(f"{flops.train_step(config) / 1e12:>7,.1f}")
+  cells += [f"{_cell(config, chips.parse(s), kept):>6}" for s in SLICES]
   return f"| {' | '.join(cells)} |"
 
 

@@ -189,17 +189,16 @@ def kernels(
   return matched
 
 
-def bundles(name: str, dump: str | os.PathLike) -> int:
+def bundles(name: str, dump: str | os.PathLike) -> int | None:
   """Bundles of one program of a kernel, by the name of its instruction.
 
-  Of instructions that are alike the compiler writes down one.
+  None where it was not scheduled: another call of the same kernel was.
   """
-  folder, stem = pathlib.Path(dump), name.partition(".")[0]
-  for written in (name, f"{stem}.*"):
-    files = folder.glob(f"*-{written}-*schedule-analysis_final_bundles.txt")
-    if newest := max(files, key=lambda p: p.stat().st_mtime, default=None):
-      break
-  return int(
+  found = pathlib.Path(dump).glob(
+    f"*-{name}-*schedule-analysis_final_bundles.txt"
+  )
+  newest = max(found, key=lambda p: p.stat().st_mtime, default=None)
+  return newest and int(
     re.search(r"total scheduled bundles:\s*(\d+)", newest.read_text())[1]
   )
 

@@ -79,14 +79,15 @@ def test_what_does_not_divide_is_refused():
     footprint.divide(tiny_config(), 3, tpu=True)
 
 
-# Config, remat, fsdp, batch, topology: all beyond the memory, so that the
-# compiler tells in seconds what they need.
+# Config, remat, fsdp, batch, micro-batches, topology: all beyond the memory, so
+# that the compiler tells in seconds what they need.
 MEASURED = [
-  ("arflow.py:imagenet256-xl2", "none", 16, 256, "v5e:4x4"),
-  ("arflow.py:imagenet256-xl2", "dots", 16, 256, "v5e:4x4"),
-  ("arflow.py:imagenet256-b2", "full", 4, 1024, "v5e:2x2"),
-  ("flowar.py:imagenet256-l", "full", 1, 2048, "v5e:4x4"),
-  ("flowar.py:imagenet256-s", "dots", 1, 2048, "v5e:2x2"),
+  ("arflow.py:imagenet256-xl2", "none", 16, 256, 1, "v5e:4x4"),
+  ("arflow.py:imagenet256-b2", "full", 4, 1024, 1, "v5e:2x2"),
+  ("arflow.py:imagenet256-b2", "dots", 4, 2048, 4, "v5e:2x2"),
+  ("flowar.py:imagenet256-l", "full", 4, 2048, 1, "v5e:2x2"),
+  ("flowar.py:imagenet256-l", "dots", 4, 2048, 2, "v5e:2x2"),
+  ("flowar.py:imagenet256-s", "dots", 1, 2048, 1, "v5e:2x2"),
 ]
 CHECK = """
 import sys
@@ -94,13 +95,14 @@ from arflow_jax import config as config_lib
 from arflow_jax.analysis import chips, footprint, preflight, tpu
 from arflow_jax.training import program
 
-file, remat, fsdp, batch, name = sys.argv[1:]
+file, remat, fsdp, batch, parts, name = sys.argv[1:]
 config = config_lib.from_file(f"configs/{file}")
 config = footprint.changed(config, {
   "model.remat": remat,
   "model.dtype": "bfloat16",
   "mesh.fsdp": int(fsdp),
   "batch_size": int(batch),
+  "optimizer.accumulation": int(parts),
 })
 place = chips.parse(name)
 with tpu.schedules() as dump:
