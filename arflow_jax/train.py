@@ -16,9 +16,13 @@ def define(flags: cli.Flags) -> None:
 
 
 def main(args: cli.Args) -> int:
+  from arflow_jax.analysis import utilization
   from arflow_jax.training import loop
 
-  if loop.train(args.config, args.workdir) < args.config.steps:
+  done = loop.train(
+    args.config, args.workdir, ideal_step=utilization.ideal_step
+  )
+  if done < args.config.steps:
     return STOPPED
   return 0
 

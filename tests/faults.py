@@ -31,7 +31,7 @@ TRAINING = {
   "before a save": ("arflow_jax.training.saver:Saver.save", 1),
   "in a save": ("arflow_jax.training.checkpoint:contents", 3),  # see `_strike`
   "after a save": ("arflow_jax.training.saver:Saver._wait", 1),
-  "before a report": ("arflow_jax.training.telemetry:_Records.add", 2),
+  "before a report": ("arflow_jax.training.growing:Records.add", 2),
   "in the last save": ("arflow_jax.training.saver:Saver.finish", 1),
 }
 DRAWING = {

@@ -138,6 +138,20 @@ def common(array: np.ndarray) -> np.ndarray:
   return multihost_utils.broadcast_one_to_all(array)
 
 
+def count() -> int:
+  """Processes of the job."""
+  return jax.process_count()
+
+
+def gather(array: np.ndarray) -> np.ndarray:
+  """The arrays of all processes, stacked in their order; all call it.
+
+  Args:
+    array: of the same shape and type in every process.
+  """
+  return multihost_utils.process_allgather(array).reshape(-1, *array.shape)
+
+
 def rows(sharding: Sharding, count: int) -> Int[np.ndarray, "n"]:
   """Rows of a leading axis that this process's own devices hold, ascending.
 

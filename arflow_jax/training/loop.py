@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 
 import jax
 from clu import parameter_overview
@@ -24,7 +25,12 @@ from arflow_jax.training import stop as stop_lib
 from arflow_jax.training.state import TrainState
 
 
-def train(config: ConfigDict, workdir: str) -> int:
+def train(
+  config: ConfigDict,
+  workdir: str,
+  *,
+  ideal_step: Callable[..., float | None] | None = None,
+) -> int:
   """Trains until `config.steps`, resuming from the newest checkpoint.
 
   SIGTERM saves after the step in progress and returns, and so does data that
@@ -35,6 +41,7 @@ def train(config: ConfigDict, workdir: str) -> int:
   Args:
     config: the full config; see `config.FREE` for what a relaunch may change.
     workdir: the run's directory.
+    ideal_step: see `analysis.utilization`; without it no MFU is told.
 
   Returns:
     Steps done in all.
@@ -46,13 +53,13 @@ def train(config: ConfigDict, workdir: str) -> int:
   processes.start()
   paths.check_workdir(workdir)
   with stop_lib.Stop() as stop:
-    step = _train(config, workdir, stop)
+    step = _train(config, workdir, stop, ideal_step)
   if stop.interrupted and step < config.steps:
     raise KeyboardInterrupt
   return step
 
 
-def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
+def _train(config, workdir, stop, ideal_step) -> int:
   if listing.steps(workdir):
     stored = listing.read_config(workdir)
     config_lib.check_relaunch(stored, config, workdir)
@@ -74,7 +81,10 @@ def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
     _announce(program)
     with jax.set_mesh(program.mesh):  # kernels split themselves over it
       try:
-        return _steps(program, items, workdir, state, window, stop)
+        ideal = None
+        if ideal_step:
+          ideal = ideal_step(config, program.mesh.devices.flat)
+        return _steps(program, items, workdir, state, window, stop, ideal)
       except FloatingPointError as error:  # by now what could be saved is saved
         steps = listing.steps(workdir)
         kept = "no checkpoint was saved yet"
@@ -93,6 +103,7 @@ def _steps(
   state: TrainState,
   window: dict[str, float],
   stop: stop_lib.Stop,
+  ideal: float | None,
 ) -> int:
   """From a state to the last step, or to the one after which to stop."""
   config, start = program.config, int(state.step)
@@ -104,9 +115,10 @@ def _steps(
     ) as batches,
     contextlib.closing(saver_lib.Saver(workdir, config, state)) as saver,
     contextlib.closing(
-      telemetry.Telemetry(workdir, start, config.steps, images)
+      telemetry.Telemetry(workdir, start, config.steps, images, ideal)
     ) as log,
   ):
+    batches = log.timed(batches)
     for step in range(start + 1, config.steps + 1):
       try:
         batch = next(batches)
@@ -122,6 +134,7 @@ def _steps(
         step -= 1
         break
       state, latest = program.step(state, program.place(batch))
+      log.started()
       metrics.add(step, latest)
       asked, failed = processes.agree(stop.requested, saver.failed())
       done = asked or step == config.steps
