@@ -19,10 +19,14 @@ def define(flags: cli.Flags) -> None:
 def main(args: cli.Args) -> int:
   from arflow_jax.analysis import utilization
   from arflow_jax.metrics import page
+  from arflow_jax.sampling import pictures
   from arflow_jax.training import loop
 
   done = loop.train(
-    args.config, args.workdir, ideal_step=utilization.ideal_step
+    args.config,
+    args.workdir,
+    ideal_step=utilization.ideal_step,
+    makes=[pictures.Pictures],
   )
   if done < args.config.steps:
     return STOPPED

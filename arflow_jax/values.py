@@ -140,4 +140,7 @@ SHARED = {
   "eval.num_samples": whole(1, 10_000_000),
   "sample.block_size": whole(1, 65_536),
   "log.every": whole(),
+  "log.pictures": whole(0),
+  "log.trace_start": whole(),
+  "log.trace_steps": whole(0, 1000),  # the profiler holds them in memory
 }

@@ -31,6 +31,8 @@ ALLOWED = {
   "optimizer.b2": {0: "the square of the last gradient"},
   "optimizer.clip_threshold": {1e30: "never clips"},
   "ema.decay": {0: "no average"},
+  "log.pictures": {0: "none"},
+  "log.trace_steps": {0: "none"},
   "checkpoint.keep_every": {None: "keeps none but the newest"},
   "model.label_dropout": {0: "labels are never dropped"},
   "model.dropout": {0: "none"},

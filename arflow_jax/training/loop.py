@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from clu import parameter_overview
@@ -16,6 +16,7 @@ from arflow_jax.training import (
   checkpoint,
   listing,
   lock,
+  observers,
   run_files,
   telemetry,
 )
@@ -30,6 +31,7 @@ def train(
   workdir: str,
   *,
   ideal_step: Callable[..., float | None] | None = None,
+  makes: Sequence[observers.Makes] = (),
 ) -> int:
   """Trains until `config.steps`, resuming from the newest checkpoint.
 
@@ -42,6 +44,7 @@ def train(
     config: the full config; see `config.FREE` for what a relaunch may change.
     workdir: the run's directory.
     ideal_step: see `analysis.utilization`; without it no MFU is told.
+    makes: what makes observers of the run, such as `sampling.pictures`.
 
   Returns:
     Steps done in all.
@@ -53,13 +56,13 @@ def train(
   processes.start()
   paths.check_workdir(workdir)
   with stop_lib.Stop() as stop:
-    step = _train(config, workdir, stop, ideal_step)
+    step = _train(config, workdir, stop, ideal_step, makes)
   if stop.interrupted and step < config.steps:
     raise KeyboardInterrupt
   return step
 
 
-def _train(config, workdir, stop, ideal_step) -> int:
+def _train(config, workdir, stop, ideal_step, makes) -> int:
   if listing.steps(workdir):
     stored = listing.read_config(workdir)
     config_lib.check_relaunch(stored, config, workdir)
@@ -84,7 +87,9 @@ def _train(config, workdir, stop, ideal_step) -> int:
         ideal = None
         if ideal_step:
           ideal = ideal_step(config, program.mesh.devices.flat)
-        return _steps(program, items, workdir, state, window, stop, ideal)
+        return _steps(
+          program, items, workdir, state, window, stop, ideal, makes
+        )
       except FloatingPointError as error:  # by now what could be saved is saved
         steps = listing.steps(workdir)
         kept = "no checkpoint was saved yet"
@@ -104,6 +109,7 @@ def _steps(
   window: dict[str, float],
   stop: stop_lib.Stop,
   ideal: float | None,
+  makes: Sequence[observers.Makes],
 ) -> int:
   """From a state to the last step, or to the one after which to stop."""
   config, start = program.config, int(state.step)
@@ -117,9 +123,14 @@ def _steps(
     contextlib.closing(
       telemetry.Telemetry(workdir, start, config.steps, images, ideal)
     ) as log,
+    contextlib.closing(
+      observers.Observers(makes, program, workdir, start, log)
+    ) as watching,
   ):
     batches = log.timed(batches)
+    stopping = lambda: processes.agree(stop.requested)[0]
     for step in range(start + 1, config.steps + 1):
+      watching.between(step - 1, state, stopping)
       try:
         batch = next(batches)
       except Exception as error:
@@ -161,6 +172,8 @@ def _steps(
         log.start_clock(step)
       if done:
         break
+    if step == config.steps:
+      watching.between(step, state, stopping)
   if step < config.steps:
     processes.say(
       f"stopped after step {step}, saved; start the same command again to go on"

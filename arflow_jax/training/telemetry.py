@@ -4,6 +4,7 @@ After a crash a launch repeats steps; a reader of either file sees each once,
 with the values of the last launch.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -108,6 +109,19 @@ class Telemetry:
   def started(self) -> None:
     """Notes that the step of the last batch has been started."""
     self._own += time.monotonic() - self._called
+
+  @contextlib.contextmanager
+  def paused(self, state: Any) -> Iterator[None]:
+    """What is done inside, between two steps, is no part of their time.
+
+    Args:
+      state: arrays that the steps under way will give; they are waited for.
+    """
+    jax.block_until_ready(state)
+    begin = time.monotonic()
+    yield
+    if self._clock is not None:
+      self._clock += time.monotonic() - begin
 
   def report(
     self, step: int, metrics: dict[str, float], *, record: bool = True
