@@ -5,16 +5,19 @@
     --config.sample.num_steps=20 --out=s2.json
 
 Weights and images are random, the train step is whole, update included, and
-sampling follows the config's own `sample` settings. --compare prints the ratios
-of this run over an earlier --out.
+sampling follows the config's own `sample` settings. --what=input times the data
+pipeline alone, with config.data.workers loader processes, and tells its memory.
+--compare prints the ratios of this run over an earlier --out.
 """
+
+import dataclasses
 
 from arflow_jax import cli, console
 
 
 def define(flags: cli.Flags) -> None:
   flags.config()
-  flags.define("list", "what", "train,sample", "Programs to time.")
+  flags.define("list", "what", "train,sample", "Of train, sample, input.")
   flags.define(
     "integer",
     "repeats",
@@ -29,14 +32,19 @@ def define(flags: cli.Flags) -> None:
 
 
 def main(args: cli.Args) -> None:
-  from arflow_jax.analysis import bench_report, benchmark
+  from arflow_jax.analysis import bench_report, benchmark, loading
 
   if args.out:
     bench_report.check_output(args.out, args.overwrite)
   other = bench_report.read(args.compare) if args.compare else None
   speeds = benchmark.measure(args.config, args.what, args.repeats)
-  console.say(bench_report.table(speeds, args.config.model.dtype))
+  if speeds:
+    console.say(bench_report.table(speeds, args.config.model.dtype))
   measured = bench_report.record(speeds, args.config)
+  if "input" in args.what:
+    found = loading.measure(args.config, args.repeats)
+    console.say(found.table())
+    measured["input"] = dataclasses.asdict(found)
   if other:
     console.say("\n" + bench_report.compare(measured, other))
   if args.out:
