@@ -5,17 +5,20 @@
     --config.sample.num_steps=20 --out=s2.json
 
 Weights and images are random, the train step is whole, update included, and
-sampling follows the config's own `sample` settings. --compare prints the ratios
-of this run over an earlier --out. All processes of a job share the train step;
-the sampler is timed on one device.
+sampling follows the config's own `sample` settings. --what=input times the data
+pipeline alone, with config.data.workers loader processes, and tells its memory.
+--compare prints the ratios of this run over an earlier --out. All processes of
+a job share the train step; the sampler and the pipeline are timed on one alone.
 """
+
+import dataclasses
 
 from arflow_jax import cli
 
 
 def define(flags: cli.Flags) -> None:
   flags.config()
-  flags.define("list", "what", "train,sample", "Programs to time.")
+  flags.define("list", "what", "train,sample", "Of train, sample, input.")
   flags.define(
     "integer",
     "repeats",
@@ -30,7 +33,7 @@ def define(flags: cli.Flags) -> None:
 
 
 def main(args: cli.Args) -> None:
-  from arflow_jax.analysis import bench_report, benchmark
+  from arflow_jax.analysis import bench_report, benchmark, loading
   from arflow_jax.parallel import agreement, processes
 
   agreement.start(
@@ -44,8 +47,13 @@ def main(args: cli.Args) -> None:
   if args.compare:
     other = agreement.by_one(lambda: bench_report.read(args.compare))
   speeds = benchmark.measure(args.config, args.what, args.repeats)
-  processes.say(bench_report.table(speeds, args.config.model.dtype))
+  if speeds:
+    processes.say(bench_report.table(speeds, args.config.model.dtype))
   measured = bench_report.record(speeds, args.config)
+  if "input" in args.what:
+    found = loading.measure(args.config, args.repeats)
+    processes.say(found.table())
+    measured["input"] = dataclasses.asdict(found)
   if other:
     processes.say("\n" + bench_report.compare(measured, other))
   if args.out:

@@ -83,7 +83,11 @@ def default_config() -> ConfigDict:
   # For data that `evaluate` can judge in pixel space.
   config.eval = ConfigDict({"num_samples": 400})
   config.sample = ConfigDict()
-  config.log = ConfigDict({"every": 100})  # steps between progress lines
+  config.log = log = ConfigDict()
+  log.every = 100  # steps between progress lines
+  log.pictures = 0  # steps between pictures drawn on the way; 0 draws none
+  log.trace_start = 10  # the first step that the profiler traces
+  log.trace_steps = 0  # how many it traces; 0 is none
   config.debug = debug = ConfigDict()
   debug.rows = False  # write a hash of what each row of a step is trained on
   debug.replicas = 0  # steps between comparisons of replicas; 0: never

@@ -7,7 +7,13 @@ from etils import epath
 from arflow_jax.errors import ConfigError
 
 # What a run keeps in its directory.
-_FILES = ("config.json", "data.json", "metrics.jsonl", "trainer.lock")
+_FILES = (
+  "config.json",
+  "data.json",
+  "launches.jsonl",
+  "metrics.jsonl",
+  "trainer.lock",
+)
 
 
 def is_local(path: str | epath.Path) -> bool:

@@ -3,7 +3,8 @@
   python -m arflow_jax.train --config=configs/arflow.py:digits --workdir=DIR
 
 Any config key can be set: --config.optimizer.peak_lr=1e-3. Launching the same
-command again resumes from the newest checkpoint.
+command again resumes from the newest checkpoint. At the end WORKDIR/report.html
+has the curves of the run; `python -m arflow_jax.report` makes it at any time.
 """
 
 from arflow_jax import cli
@@ -16,10 +17,20 @@ def define(flags: cli.Flags) -> None:
 
 
 def main(args: cli.Args) -> int:
+  from arflow_jax.analysis import utilization
+  from arflow_jax.metrics import page
+  from arflow_jax.sampling import pictures
   from arflow_jax.training import loop
 
-  if loop.train(args.config, args.workdir) < args.config.steps:
+  done = loop.train(
+    args.config,
+    args.workdir,
+    ideal_step=utilization.ideal_step,
+    makes=[pictures.Pictures],
+  )
+  if done < args.config.steps:
     return STOPPED
+  page.finish(args.workdir)
   return 0
 
 

@@ -144,4 +144,7 @@ SHARED = {
   "log.every": whole(),
   "debug.rows": switch,
   "debug.replicas": whole(0),
+  "log.pictures": whole(0),
+  "log.trace_start": whole(),
+  "log.trace_steps": whole(0, 1000),  # the profiler holds them in memory
 }

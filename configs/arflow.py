@@ -169,3 +169,4 @@ def _digits(config: ConfigDict) -> None:
   config.sample.num_steps = 25
   config.sample.block_size = 100
   config.log.every = 100
+  config.log.pictures = 550

@@ -158,3 +158,4 @@ def _digits(config: ConfigDict) -> None:
   config.sample.guidance = 1.8
   config.sample.block_size = 100
   config.log.every = 100
+  config.log.pictures = 450

@@ -31,7 +31,7 @@ TRAINING = {
   "before a save": ("arflow_jax.training.saver:Saver.save", 1),
   "in a save": ("arflow_jax.training.checkpoint:contents", 3),  # see `_strike`
   "after a save": ("arflow_jax.training.saver:Saver._wait", 1),
-  "before a report": ("arflow_jax.training.telemetry:_Records.add", 2),
+  "before a report": ("arflow_jax.training.growing:Records.add", 2),
   "in the last save": ("arflow_jax.training.saver:Saver.finish", 1),
 }
 DRAWING = {
@@ -40,6 +40,8 @@ DRAWING = {
   "before writing": ("arflow_jax.sampling.writers:write", 1),
   "while writing": ("arflow_jax.sampling.writers:_picture", 5),
 }
+# With pictures on the way.
+WATCHING = {"drawing on the way": ("arflow_jax.sampling.images:Block.whole", 1)}
 
 
 def run_struck(point: str, number: signal.Signals, *command: str, **kwargs):
@@ -131,7 +133,7 @@ def _find(where: str):
 
 def _strike(point: str, number: signal.Signals) -> None:
   """Sends this process a signal when it comes to a point."""
-  where, call = (TRAINING | DRAWING)[point]
+  where, call = (TRAINING | DRAWING | WATCHING)[point]
   owner, name = _find(where)
   real, count = getattr(owner, name), itertools.count(1)
 

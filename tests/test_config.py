@@ -33,6 +33,8 @@ ALLOWED = {
   "optimizer.clip_threshold": {1e30: "never clips"},
   "ema.decay": {0: "no average"},
   "checkpoint.minutes": {0: "by steps alone"},
+  "log.pictures": {0: "none"},
+  "log.trace_steps": {0: "none"},
   "checkpoint.keep_every": {None: "keeps none but the newest"},
   "debug.replicas": {0: "never"},
   "model.label_dropout": {0: "labels are never dropped"},

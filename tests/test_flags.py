@@ -11,6 +11,7 @@ from arflow_jax import (
   cli,
   evaluate,
   preflight,
+  report,
   sample,
   train,
   verify,
@@ -18,7 +19,7 @@ from arflow_jax import (
 from arflow_jax import config as config_lib
 from arflow_jax.analysis import attention_bench, benchmark
 from arflow_jax.analysis import preflight as examination
-from arflow_jax.metrics import pixels
+from arflow_jax.metrics import page, pixels
 from arflow_jax.sampling import images, run
 from arflow_jax.training import program, verification
 from tests.tiny import tiny_config
@@ -32,6 +33,7 @@ COMMANDS = {
   bench: [CONFIG],
   bench_attention: [],
   preflight: [CONFIG, "--topology=gpu:80GB"],
+  report: [f"--workdir={TINY_RUN}", "--out={folder}/x.html"],
   verify: [f"--workdir={TINY_RUN}"],
 }
 # By the type of a flag, as absl calls it.
@@ -62,6 +64,7 @@ ALLOWED = {
   (sample, "seed"): {"0": "a seed as good as any"},
   (sample, "out"): {"nonsense": "a new folder"},
   (evaluate, "seed"): {"0": "a seed as good as any"},
+  (report, "out"): {"": "in the workdir"},
   (bench, "out"): {"": "nothing is kept"},
   (bench, "compare"): {"": "nothing is compared"},
   (bench_attention, "out"): {"": "nothing is kept"},
@@ -89,6 +92,7 @@ def _no_work(monkeypatch, tmp_path):
   monkeypatch.setattr(attention_bench, "_product_rate", reached)
   monkeypatch.setattr(examination, "examine", reached)
   monkeypatch.setattr(verification, "damage", reached)
+  monkeypatch.setattr(page, "_page", reached)
   monkeypatch.setattr(run, "restore", functools.cache(run.restore))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from arflow_jax.errors import STOPPED
-from arflow_jax.training import loop
+from arflow_jax.training import loop, telemetry
 from tests import faults
 from tests.tiny import flags, stored_state, tiny_config
 
@@ -50,7 +50,8 @@ def _records(workdir):
   with open(f"{workdir}/metrics.jsonl") as file:
     records = [json.loads(line) for line in file]
   for record in records:
-    record.pop("images_per_second", None)
+    for name in telemetry.MEASURED:
+      record.pop(name, None)
   return records
 
 

@@ -13,6 +13,7 @@ from arflow_jax import (
   cli,
   evaluate,
   preflight,
+  report,
   sample,
   train,
   verify,
@@ -21,7 +22,16 @@ from arflow_jax.analysis import benchmark
 from tests import test_flags, test_signals
 from tests.tiny import flags
 
-MAINS = [train, sample, evaluate, bench, bench_attention, preflight, verify]
+MAINS = [
+  train,
+  sample,
+  evaluate,
+  report,
+  bench,
+  bench_attention,
+  preflight,
+  verify,
+]
 CONFIG = "--config=configs/arflow.py:digits"
 ROOT = pathlib.Path(__file__).parents[1]
 TINY_RUN = str(ROOT / "tests" / "sampling" / "tiny_run")
@@ -285,6 +295,12 @@ ERRORS = [
     [CONFIG, "--workdir=x", "--config.branch=None"],
     "branch=None is unknown",
   ),
+  (report, ["--workdir=absent"], "--workdir=absent holds no run"),
+  (
+    report,
+    [f"--workdir={TINY_RUN}", "--out=page.txt"],
+    "--out=page.txt must be a file that ends in .html",
+  ),
   (evaluate, [f"--workdir={TINY_RUN}", "--guidance="], "names no scale"),
   (
     evaluate,
@@ -329,6 +345,7 @@ def test_train_then_sample(family, changes, tmp_path, capsys):
   out = capsys.readouterr().out
   assert "finished 4 steps" in out
   assert "images/s" in out
+  assert out.splitlines()[-1] == f"its curves are in {run}/report.html"
   sheet = run / "samples.png"
   args = [f"--workdir={run}", "--labels=0-9", "--per_label=2"]
   assert cli.execute(sample, [*args, "--guidance=1.5", f"--out={sheet}"]) == 0

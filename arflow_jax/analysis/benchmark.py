@@ -30,8 +30,6 @@ from arflow_jax.training import program as program_lib
 from arflow_jax.training import state
 from arflow_jax.training.program import Program
 
-PROGRAMS = ("train", "sample")
-
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
@@ -90,21 +88,24 @@ def measure(
 ) -> dict[str, Speed]:
   """Measures the programs named in `what`; all processes call it.
 
+  "input" is left to `loading`.
+
   Raises:
     ConfigError: an unknown program or none, or a config that cannot run here.
   """
+  known = ("train", "sample", "input")
   if not what:
-    raise ConfigError(f"--what= is empty; choose from {','.join(PROGRAMS)}")
+    raise ConfigError(f"--what= is empty; choose from {','.join(known)}")
   for name in what:
-    if name not in PROGRAMS:
+    if name not in known:
       raise ConfigError(
-        f"--what={name} is unknown; choose from {','.join(PROGRAMS)}"
+        f"--what={name} is unknown; choose from {','.join(known)}"
       )
   config_lib.check(config)
   # Processes share a train step; each draws on a device of its own.
   alone = lambda *args: agreement.together(lambda: _sample_speed(*args))
   programs = {"train": _train_speed, "sample": alone}
-  return {name: programs[name](config, repeats) for name in what}
+  return {n: programs[n](config, repeats) for n in what if n in programs}
 
 
 def _train_speed(config: ConfigDict, repeats: int) -> Speed:

@@ -241,6 +241,11 @@ def common(array: np.ndarray) -> np.ndarray:
   return multihost_utils.broadcast_one_to_all(array)
 
 
+def count() -> int:
+  """Processes of the job."""
+  return jax.process_count()
+
+
 def rows(sharding: Sharding, count: int) -> Int[np.ndarray, "n"]:
   """Rows of a leading axis that this process's own devices hold, ascending.
 

@@ -164,6 +164,14 @@ class Generator:
     self.image_shape = jax.eval_shape(decode, drawn).shape[1:]
     self._draw = program(branch, settings, mesh, decode)
 
+  def compile(self) -> None:
+    """Compiles the program of all blocks now; weights may be but shapes."""
+    sharding = mesh_lib.batch_sharding(self._mesh)
+    row = jax.ShapeDtypeStruct((self._rows,), jnp.int32, sharding=sharding)
+    block = {"indices": row, "labels": row}
+    with jax.set_mesh(self._mesh):
+      self._draw.lower(self._params, block, self._seed).compile()
+
   def blocks(
     self,
     labels: Sequence[Any] | Shaped[np.ndarray, "..."],

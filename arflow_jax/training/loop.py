@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 from clu import parameter_overview
@@ -16,6 +17,7 @@ from arflow_jax.training import (
   listing,
   lock,
   newest,
+  observers,
   replicas,
   row_log,
   run_files,
@@ -32,7 +34,13 @@ from arflow_jax.training.state import TrainState
 _SKIPPED = 10
 
 
-def train(config: ConfigDict, workdir: str) -> int:
+def train(
+  config: ConfigDict,
+  workdir: str,
+  *,
+  ideal_step: Callable[..., float | None] | None = None,
+  makes: Sequence[observers.Makes] = (),
+) -> int:
   """Trains until `config.steps`, resuming from the newest checkpoint.
 
   SIGTERM saves after the step in progress and returns, and so does data that
@@ -45,6 +53,8 @@ def train(config: ConfigDict, workdir: str) -> int:
   Args:
     config: the full config; see `config.FREE` for what a relaunch may change.
     workdir: the run's directory.
+    ideal_step: see `analysis.utilization`; without it no MFU is told.
+    makes: what makes observers of the run, such as `sampling.pictures`.
 
   Returns:
     Steps done in all.
@@ -58,13 +68,13 @@ def train(config: ConfigDict, workdir: str) -> int:
   agreement.start(agreement.settings(config, workdir=workdir))
   agreement.together(lambda: paths.check_workdir(workdir))
   with stop_lib.Stop() as stop:
-    step = _train(config, workdir, stop)
+    step = _train(config, workdir, stop, ideal_step, makes)
   if stop.interrupted and step < config.steps:
     raise KeyboardInterrupt
   return step
 
 
-def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
+def _train(config, workdir, stop, ideal_step, makes) -> int:
   if listing.agreed_steps(workdir):
     stored = newest.read_config(workdir)
     config_lib.check_relaunch(stored, config, workdir)
@@ -86,7 +96,12 @@ def _train(config: ConfigDict, workdir: str, stop: stop_lib.Stop) -> int:
     _announce(program)
     with jax.set_mesh(program.mesh):  # kernels split themselves over it
       try:
-        return _steps(program, items, workdir, state, window, stop)
+        ideal = None
+        if ideal_step:
+          ideal = ideal_step(config, program.mesh.devices.flat)
+        return _steps(
+          program, items, workdir, state, window, stop, ideal, makes
+        )
       except FloatingPointError as error:  # by now what could be saved is saved
         steps = listing.steps(workdir)
         kept = "no checkpoint was saved yet"
@@ -120,6 +135,8 @@ def _steps(
   state: TrainState,
   window: dict[str, float],
   stop: stop_lib.Stop,
+  ideal: float | None,
+  makes: Sequence[observers.Makes],
 ) -> int:
   """From a state to the last step, or to the one after which to stop."""
   config, start = program.config, int(state.step)
@@ -137,12 +154,18 @@ def _steps(
     ) as batches,
     contextlib.closing(saver_lib.Saver(workdir, config, state)) as saver,
     contextlib.closing(
-      telemetry.Telemetry(workdir, start, config.steps, images)
+      telemetry.Telemetry(workdir, start, config.steps, images, ideal)
     ) as log,
+    contextlib.closing(
+      observers.Observers(makes, program, workdir, start, log)
+    ) as watching,
   ):
-    feed = feed_lib.Feed(batches, start + 1)
+    feed = feed_lib.Feed(log.timed(batches), start + 1)
     feed.check(*processes.ask(lambda: [feed.trouble])())
+    stopping = lambda: processes.agree(stop.requested)[0]
     for step in range(start + 1, config.steps + 1):
+      watching.between(step - 1, state, stopping)
+      log.begin()
       batch = feed.take(step < config.steps)
       # Asked before the step is dispatched, answered when the one before is
       # done: the devices wait for no host.
@@ -158,6 +181,7 @@ def _steps(
       if rows:
         rows.add(step, state, batch)
       state, latest = program.step(state, batch)
+      log.started()
       if same and step % config.debug.replicas == 0:
         same.check(step, state.params)
       metrics.add(step, latest)
@@ -190,6 +214,8 @@ def _steps(
         break
     if trouble == feed_lib.BROKEN:
       feed.check(trouble)
+    if step == config.steps:
+      watching.between(step, state, stopping)
   if step < config.steps:
     processes.say(
       f"stopped after step {step}, saved; start the same command again to go on"

@@ -1,60 +1,137 @@
 """What a run says of itself: progress lines, a metrics file, TensorBoard.
 
 After a crash a launch repeats steps; a reader of either file sees each once,
-with the values of the last launch. TensorFlow is not needed.
+with the values of the last launch.
 """
 
-import errno
-import io
-import json
+import contextlib
 import math
-import os
-import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.record_writer import RecordWriter
 
-from arflow_jax import paths
 from arflow_jax.parallel import processes
+from arflow_jax.training.events import Events
+from arflow_jax.training.growing import Records
+from arflow_jax.training.launches import Launches
+
+# What differs from launch to launch; all else in a record is a metric.
+MEASURED = (
+  "images_per_second",
+  "step_time",
+  "mfu",
+  "input_wait",
+  "peak_memory",
+  "skew",
+  "slowest_process",
+  "goodput",
+)
 
 
 class Telemetry:
   """Progress on the console and metrics in the run's directory.
 
-  One process speaks for all.
+  One process speaks for all. With its metrics a record holds what was measured
+  over the steps since the last report, without what lay between them, such as
+  saving and drawing:
+
+  - `images_per_second`; `step_time`, in seconds.
+  - `mfu`: model FLOPs utilization,
+    `model FLOPs of a step / (step_time x devices x peak FLOP/s of a device)`.
+    Model FLOPs are 3x those of the forward pass, what is computed again for the
+    backward pass is not counted, and the peak is that of bfloat16 products.
+    Left out on devices whose peak is not known here, such as CPUs.
+  - `input_wait`: the share of that time in which the process that waited
+    longest waited for data. Devices compute meanwhile: they wait less.
+  - `peak_memory`: bytes, the most that any device has held since its process
+    began. Left out where devices do not tell, such as CPUs.
+  - `skew`, `slowest_process`: of several processes, by how many seconds a step
+    the slowest is later than the fastest, and its number. What counts is the
+    time that a process takes by itself, to wait for its data, start the steps
+    and write its records; for all else all of them wait together.
+  - `goodput`: see `launches.Launches`.
 
   Args:
     workdir: the run's directory, made if need be.
     start: steps done before this launch.
     total: steps when the run is finished.
     images_per_step: for the images/s figure.
+    ideal: seconds that a step takes at the peak rate of all devices; None where
+      that is not known.
   """
 
   def __init__(
-    self, workdir: str, start: int, total: int, images_per_step: int
+    self,
+    workdir: str,
+    start: int,
+    total: int,
+    images_per_step: int,
+    ideal: float | None = None,
   ):
-    self._records = self._events = None
+    self._records = self._events = self._launches = None
     if processes.speaks():
       folder = epath.Path(workdir)
       folder.mkdir(parents=True, exist_ok=True)
-      self._records = _Records(folder / "metrics.jsonl", start)
-      self._events = _Events(folder, start)
-    self._total, self._images = total, images_per_step
+      self._records = Records(folder / "metrics.jsonl", start)
+      self._events = Events(folder, start)
+      self._launches = Launches(folder, start, _hardware())
+    self._total, self._images, self._ideal = total, images_per_step, ideal
     self._first = self._last = start
     self._clock = self._begin = None
+    self._between = True  # no step is under way
+    self._called = 0.0
+    self._waited = self._own = 0.0  # seconds since the last report
 
   def start_clock(self, step: int) -> None:
     """Starts timing after `step`: the first step compiles and is left out."""
     self._clock = self._begin = time.monotonic()
     self._first = self._last = step
+    self._waited = self._own = 0.0
+
+  def timed(
+    self, batches: Iterator[dict[str, np.ndarray]]
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """The same batches, and notes how long each was waited for."""
+    end = object()
+    while True:
+      called = time.monotonic()
+      if (batch := next(batches, end)) is end:
+        return
+      self._waited += time.monotonic() - called
+      yield batch
+
+  def begin(self) -> None:
+    """Notes that a process turns to the next step."""
+    self._called = time.monotonic()
+    if self._between and self._clock is not None:
+      self._clock = self._called
+    self._between = False
+
+  def started(self) -> None:
+    """Notes that it has started the step."""
+    self._own += time.monotonic() - self._called
+
+  @contextlib.contextmanager
+  def paused(self, state: Any) -> Iterator[None]:
+    """What is done inside, between two steps, is no part of their time.
+
+    Args:
+      state: arrays that the steps under way will give; they are waited for.
+    """
+    jax.block_until_ready(state)
+    begin = time.monotonic()
+    yield
+    if self._clock is not None:
+      self._clock += time.monotonic() - begin
 
   def report(
     self, step: int, metrics: dict[str, float], *, record: bool = True
   ) -> None:
-    """Writes one progress line, and one record if asked for.
+    """Writes one progress line, and one record if asked for; all call it.
 
     Args:
       step: optimiser steps done.
@@ -62,141 +139,93 @@ class Telemetry:
       record: whether files get it too.
     """
     now = time.monotonic()
-    line = f"step {step:>{len(str(self._total))}}/{self._total}"
-    line += f"  loss {metrics['loss']:.4f}"
+    took, found = 0.0, {}
     if self._clock is not None and step > self._last:
-      rate = (step - self._last) * self._images / (now - self._clock)
-      mean = (now - self._begin) / (step - self._first)
-      metrics = metrics | {"images_per_second": rate}
-      line += f"  {rate:,.0f} images/s"
-      line += f"  {_duration(mean * (self._total - step))} left"
-    self._clock, self._last = now, step
-    processes.say(line)
+      took = max(now - self._clock, 1e-9)
+      found = self._measure(step - self._last, took, record)
+    if self._launches:
+      goodput = self._launches.report(step, took)
+      if found:
+        found["goodput"] = goodput
+    self._say(step, now, metrics["loss"], found)
     metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}
     if self._records and record:
-      self._records.add({"step": step} | metrics)
-      self._events.add(step, metrics)
+      self._records.add({"step": step} | metrics | found)
+      self._events.add(step, metrics | found)
+    self._clock, self._last, self._between = now, step, True
+    self._waited, self._own = 0.0, time.monotonic() - now
+
+  def picture(self, step: int, png: bytes) -> None:
+    """Shows a picture that was drawn after a step in TensorBoard."""
+    if self._events:
+      self._events.picture(step, "pictures", png)
 
   def close(self) -> None:
     """Says which records could not be written to the end."""
-    if self._records:
-      self._records.file.close()
-      self._events.file.close()
+    for file in (self._records, self._events, self._launches):
+      if file:
+        file.close()
+
+  def _measure(
+    self, steps: int, took: float, record: bool
+  ) -> dict[str, float | int]:
+    """What is known of some steps, and of all processes for a record."""
+    each = took / steps
+    found = {"images_per_second": self._images / each, "step_time": each}
+    if self._ideal is not None:
+      found["mfu"] = self._ideal / each
+    rows = [[self._own / steps, self._waited / took, _peak()]]
+    if record and processes.count() > 1:
+      rows = processes.gather(rows[0])
+    own, waited, peak = np.asarray(rows).T
+    found["input_wait"] = float(waited.max())
+    if peak.max() > 0:
+      found["peak_memory"] = int(peak.max())
+    if len(rows) > 1:
+      found["skew"] = float(own.max() - own.min())
+      found["slowest_process"] = int(own.argmax())
+    return found
+
+  def _say(
+    self, step: int, now: float, loss: float, found: dict[str, float | int]
+  ) -> None:
+    line = f"step {step:>{len(str(self._total))}}/{self._total}"
+    line += f"  loss {loss:.4f}"
+    if found:
+      mean = (now - self._begin) / (step - self._first)
+      line += f"  {found['images_per_second']:,.0f} images/s"
+      line += f"  {_duration(mean * (self._total - step))} left"
+      line += self._remarks(found)
+    processes.say(line)
+
+  def _remarks(self, found: dict[str, float | int]) -> str:
+    """What is worth a place on the line."""
+    parts = []
+    if "mfu" in found:
+      parts.append(f"MFU {found['mfu']:.1%}")
+    if found["input_wait"] > 0.05:
+      parts.append(f"{found['input_wait']:.0%} waiting for data")
+    if found.get("skew", 0) > 0.05 * found["step_time"]:
+      late = 1e3 * found["skew"]
+      parts.append(f"process {found['slowest_process']} {late:.0f} ms late")
+    if self._launches and self._launches.count > 1 and found["goodput"] < 0.9:
+      parts.append(f"goodput {found['goodput']:.0%}")
+    return "".join(f"  {part}" for part in parts)
 
 
-class _Growing:
-  """A file that grows by whole records.
-
-  Object stores cannot append: there it is written anew with each record. Where
-  a record cannot be written it waits for the next one: a full disk, which may
-  be mended, costs neither the run nor the record.
-
-  Args:
-    path: of the file.
-    content: what it holds already.
-  """
-
-  def __init__(self, path: epath.Path, content: bytes = b""):
-    self._path, self._content = path, content
-    self._whole = not paths.is_local(path)
-    self._waiting = b""
-
-  def add(self, record: bytes) -> None:
-    waited = bool(self._waiting)
-    self._waiting += record
-    if (why := self._write()) and not waited:
-      processes.say(
-        f"{self._path} could not be written ({why}): training goes on, and its"
-        " records wait until it can"
-      )
-
-  def close(self) -> None:
-    if self._waiting and (why := self._write()):
-      lost = len(self._waiting)
-      processes.say(f"{self._path} lacks its last {lost} bytes ({why})")
-
-  def _write(self) -> str:
-    """Writes all that waits, or nothing; the reason why not."""
-    try:
-      if self._whole:
-        self._path.write_bytes(self._content + self._waiting)
-        self._content += self._waiting
-      else:
-        with open(self._path, "ab", buffering=0) as file:
-          before = file.tell()
-          if file.write(self._waiting) < len(self._waiting):
-            file.truncate(before)  # there was room for a part only
-            return os.strerror(errno.ENOSPC)
-    except OSError as error:
-      return error.strerror or str(error)
-    self._waiting = b""
-    return ""
+def _hardware() -> dict[str, Any]:
+  return {
+    "processes": processes.count(),
+    "devices": jax.device_count(),
+    "kind": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+  }
 
 
-class _Records:
-  """A file of one JSON record a line, in which each step stands once.
-
-  Records of steps that a launch is about to repeat are left out, and so is a
-  line that a crash cut off.
-
-  Args:
-    path: of the file, made anew at once.
-    start: steps done before this launch.
-  """
-
-  def __init__(self, path: epath.Path, start: int):
-    found = path.read_bytes() if path.exists() else b""
-    kept = [line for line in found.splitlines() if _step(line) <= start]
-    content = b"".join(line + b"\n" for line in kept)
-    if content != found:
-      part = path.with_name(path.name + ".part")
-      part.write_bytes(content)
-      part.replace(path)
-    self.file = _Growing(path, content)
-
-  def add(self, record: dict[str, Any]) -> None:
-    self.file.add(json.dumps(record).encode() + b"\n")
-
-
-class _Events:
-  """TensorBoard's file of one launch.
-
-  TensorBoard reads the files of a folder in the order of their names and joins
-  them. The start that opens this one makes it drop what it read for later
-  steps: a launch after a crash repeats them.
-
-  Args:
-    folder: that of the run.
-    start: steps done before this launch.
-  """
-
-  def __init__(self, folder: epath.Path, start: int):
-    second, rest = divmod(time.time_ns(), 10**9)
-    name = f"events.out.tfevents.{second:010}.{rest:09}.{socket.gethostname()}"
-    self.file = _Growing(folder / name)
-    begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._add(file_version="brain.Event:2")
-    self._add(step=start + 1, session_log=begin)
-
-  def add(self, step: int, metrics: dict[str, float]) -> None:
-    # Only of simple values do all of TensorBoard's readers drop the later ones.
-    value = summary_pb2.Summary.Value
-    values = [value(tag=k, simple_value=v) for k, v in metrics.items()]
-    self._add(step=step, summary=summary_pb2.Summary(value=values))
-
-  def _add(self, **content: Any):
-    event = event_pb2.Event(wall_time=time.time(), **content)
-    framed = io.BytesIO()
-    RecordWriter(framed).write(event.SerializeToString())
-    self.file.add(framed.getvalue())
-
-
-def _step(line: bytes) -> int | float:
-  """The step of a record; infinite where it is none."""
-  try:
-    return float(json.loads(line)["step"])
-  except (ValueError, TypeError, KeyError):
-    return math.inf
+def _peak() -> int:
+  """The most bytes that a device of this process has held; 0: it is unknown."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  return max(each.get("peak_bytes_in_use", 0) for each in stats)
 
 
 def _duration(seconds: float) -> str:

@@ -114,7 +114,11 @@ def test_progress_and_metrics(straight):
   lines = (straight / "metrics.jsonl").read_text().splitlines()
   records = [json.loads(line) for line in lines]
   assert [record["step"] for record in records] == [1, 2, 4]
-  assert records[-1].keys() >= {"loss", "grad_norm", "images_per_second"}
+  assert records[0].keys() == {"step", "loss", "grad_norm", "param_norm"}
+  found = records[-1].keys() - records[0].keys()
+  wanted = {"images_per_second", "step_time", "input_wait", "goodput"}
+  # What other devices tell, and jobs of several processes.
+  assert found - {"mfu", "peak_memory"} == wanted
 
 
 @pytest.mark.parametrize(
