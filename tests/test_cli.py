@@ -19,7 +19,7 @@ def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("HOME", str(tmp_path))
   seen = []
   monkeypatch.setattr(
-    loop, "train", lambda *args: seen.append(args[1]) or 10**9
+    loop, "train", lambda *args, **_: seen.append(args[1]) or 10**9
   )
   assert cli.execute(train, [CONFIG, "--workdir=~/runs/x"]) == 0
   assert seen == [str(tmp_path / "runs" / "x")]
@@ -90,7 +90,7 @@ def test_a_config_file_is_checked_for_its_form(
 def test_what_stops_a_run_is_one_clear_line(
   error, code, line, capsys, monkeypatch
 ):
-  def fail(config, workdir):
+  def fail(config, workdir, **_):
     raise error
 
   monkeypatch.setattr(loop, "train", fail)
@@ -100,7 +100,9 @@ def test_what_stops_a_run_is_one_clear_line(
 
 def test_values_reach_the_config_with_their_types(monkeypatch):
   seen = []
-  monkeypatch.setattr(loop, "train", lambda *args: seen.append(args) or 10**9)
+  monkeypatch.setattr(
+    loop, "train", lambda *args, **_: seen.append(args) or 10**9
+  )
   args = [
     "--config.optimizer.peak_lr=1",
     "--config=configs/flowar.py:digits",
