@@ -3,6 +3,7 @@
 Nothing is run: see `analysis.tpu` for what the figures mean.
 """
 
+import collections
 import itertools
 import os
 import time
@@ -12,7 +13,7 @@ import jax
 import tqdm
 from ml_collections import ConfigDict
 
-from arflow_jax.analysis import tpu
+from arflow_jax.analysis import chips, tpu
 from arflow_jax.analysis.attention_bench import Problem, check, temporary
 from arflow_jax.errors import ConfigError
 from arflow_jax.parallel import mesh as mesh_lib
@@ -113,9 +114,10 @@ def steps(
     config.model.update(dtype="bfloat16", remat="full", attention=name)
     program = program_lib.build(config, tpu.devices(PODS[chip]))
     begin = time.monotonic()
-    compiled, bundles = compile_step(program, dump)
+    place = chips.parse(PODS[chip])
+    compiled, kernels = compile_step(program, dump, place.chip)
     cycles, runs = tpu.estimated_cycles(compiled)
-    own = sum(runs[kernel] * bundles[kernel] for kernel in runs)
+    own = sum(runs[kernel] * kernels[kernel] for kernel in runs)
     total = cycles + own
     if name == "xla":
       whole = total
@@ -137,16 +139,29 @@ def steps(
 
 
 def compile_step(
-  program: program_lib.Program, dump: str | os.PathLike
-) -> tuple[Any, dict]:
-  """The compiled step, and bundles of a whole call of each of its kernels."""
+  program: program_lib.Program, dump: str | os.PathLike, chip: chips.Chip
+) -> tuple[Any, dict[str, int]]:
+  """The compiled step, and cycles of a whole call of each of its kernels.
+
+  These are its bundles, or what its blocks take between HBM and VMEM at the
+  published rate where that is longer.
+  """
   step, mesh = program.step, program.mesh
   args = (program.abstract_state, program.abstract_batch)
   compiled = tpu.compile_for(mesh, step, *args)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     calls = {c.name: c for c in tpu.calls(step, *args)}
-  bundles = {}
+  # Of calls that are the same the compiler schedules one.
+  names = collections.defaultdict(list)
   for name in tpu.estimated_cycles(compiled)[1]:
-    call = next(c for c in calls.values() if c.name in name)
-    bundles[name] = tpu.bundles(name, dump) * call.programs
-  return compiled, bundles
+    names[next(call for call in calls if call in name)].append(name)
+  rate = chip.hbm_rate / chip.devices / chip.clock  # bytes a cycle
+  cycles = {}
+  for kernel, found in names.items():
+    call = calls[kernel]
+    scheduled = {name: tpu.bundles(name, dump) for name in found}
+    most = max(filter(None, scheduled.values()))
+    for name in found:
+      own = scheduled[name] or most
+      cycles[name] = max(own * call.programs, int(call.moved / rate))
+  return compiled, cycles

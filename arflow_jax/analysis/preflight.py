@@ -85,7 +85,7 @@ def plan(
   """What the compiler says, or that it refuses."""
   begin = time.monotonic()
   try:
-    compiled, bundles = compile_step(program, dump)
+    compiled, kernels = compile_step(program, dump, place.chip)
   except jax.errors.JaxRuntimeError as error:
     return {
       "fits": False,
@@ -116,7 +116,7 @@ def plan(
     ],
     "cycles": {
       "xla": cycles,
-      "kernels": sum(runs[name] * bundles[name] for name in runs),
+      "kernels": sum(runs[name] * kernels[name] for name in runs),
     },
   }
 

@@ -164,13 +164,16 @@ def kernels(
   return matched
 
 
-def bundles(name: str, dump: str | os.PathLike) -> int:
-  """Bundles of one program of a kernel, by the name of its instruction."""
-  pattern = f"*-{name}-*schedule-analysis_final_bundles.txt"
-  newest = max(
-    pathlib.Path(dump).glob(pattern), key=lambda p: p.stat().st_mtime
+def bundles(name: str, dump: str | os.PathLike) -> int | None:
+  """Bundles of one program of a kernel, by the name of its instruction.
+
+  None where it was not scheduled: another call of the same kernel was.
+  """
+  found = pathlib.Path(dump).glob(
+    f"*-{name}-*schedule-analysis_final_bundles.txt"
   )
-  return int(
+  newest = max(found, key=lambda p: p.stat().st_mtime, default=None)
+  return newest and int(
     re.search(r"total scheduled bundles:\s*(\d+)", newest.read_text())[1]
   )
 
