@@ -59,6 +59,7 @@ def examine(
   factor = 1.0
   if on_tpu:
     program = program_lib.build(config, tpu.devices(place.name))
+    found["form"] = program.form  # raises what cannot work, before compiling
     found |= plan(program, place, dump)
     # The formula is often wrong by the same factor for similar settings.
     total = found["needed"] - formula["total"] + formula["temporaries"]

@@ -96,6 +96,7 @@ def test_a_tiny_step_compiled_for_four_chips(tmp_path):
   assert max(map(len, lines)) < 100
   assert "v5e:2x2 (4 chips), data 2 x fsdp 2" in lines[0]
   assert lines[1].startswith("FITS: ")
+  assert lines[3].startswith("hybrid attention takes the ")
   found = json.loads(out.read_text())
   parts = found["bytes"]
   assert sum(parts.values()) == found["needed"] < found["hbm"]
