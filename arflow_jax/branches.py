@@ -54,6 +54,13 @@ class Branch(Protocol):
   ) -> Float[Array, "B"]:
     """Training loss of each item of `batch` (`images`, `labels`)."""
 
+  def form(self, batch_size: int) -> str | None:
+    """One line on how it computes a batch on the ambient mesh, if need be.
+
+    Raises:
+      ConfigError: settings that cannot work there.
+    """
+
   def settings(self, sample: ConfigDict) -> Any:
     """The hashable sampling settings of a `sample` group, checked."""
 

@@ -59,7 +59,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
       "learn_sigma": True,  # 2C output channels, half of them unused
       "label_dropout": 0.1,
       "dtype": "float32",  # of matrix products: or "bfloat16"
-      "remat": "dots",  # or "none", "full"
+      # "none", "dots", "attention", "feed_forward" or "full", see nn/stack.py.
+      "remat": "dots",
       # "reference", "xla", "xla_cudnn", "pallas_tpu", "pallas_tpu_interpret" or
       # None: the best known for platform and size.
       "attention": config_dict.placeholder(str),

@@ -63,7 +63,8 @@ def get_config(variant: str = "digits") -> ConfigDict:
       "dropout": 0.1,
       "rope_stretch": 16.0,  # range of positions at every scale
       "dtype": "float32",  # of matrix products: or "bfloat16"
-      "remat": "dots",  # or "none", "full"
+      # "none", "dots", "attention", "feed_forward" or "full", see nn/stack.py.
+      "remat": "dots",
     }
   )
   config.sample = ConfigDict(

@@ -1,7 +1,8 @@
 """What the devices of a compiled program send to one another.
 
 Read from the program's text. One exchange may stand there several times, in
-pieces that run beside products; its channel tells that it is one.
+pieces that run beside products; its channel tells that it is one, or, where
+all have the same channel, that one piece starts it and others go on with it.
 """
 
 import collections
@@ -68,7 +69,12 @@ def sent(
   total: dict[Exchange, list[int]] = collections.defaultdict(lambda: [0, 0])
   found: dict[str, tuple[int, str, str]] = {}
   text = compiled.as_text()
+  ends = set(
+    re.findall(r"%async-collective-done[\w.\-]* = .*calls=%([\w.\-]+)", text)
+  )
   for times, place, line in tpu.instructions(text, fusions=True):
+    if place in ends or place.startswith("async_collective_fusion"):
+      continue  # it was counted where it starts
     if handed := _HANDED.match(line):
       kind = handed[3].lower().replace("_", "-")
       row = total[Exchange(kind, handed[1], SLICES)]

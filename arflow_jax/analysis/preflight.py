@@ -65,6 +65,7 @@ def examine(
     rows = config.batch_size // mesh_lib.batch_shards(mesh)
     tpu.only_if_needed(*flops.loss(config, rows))
     program = program_lib.build(config, _devices(place))
+    found["form"] = program.form  # raises what cannot work, before compiling
     found |= plan(program, place, dump)
     # The formula is often wrong by the same factor for similar settings.
     total = found["needed"] - formula["total"] + formula["temporaries"]

@@ -94,6 +94,8 @@ def _head(found: dict[str, Any]) -> list[str]:
     did = "compiled" if "bytes" in found else "refused by the compiler"
     seconds = found["compile_time"]
     lines.append(f"{did} in {seconds:.0f} s by {found['compiler']}")
+  if found.get("form"):
+    lines.append(found["form"])
   return lines
 
 

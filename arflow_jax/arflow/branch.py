@@ -14,6 +14,7 @@ from arflow_jax.arflow import sampler, trajectory, weights
 from arflow_jax.arflow.network import RULES, ARFlow, ModelConfig
 from arflow_jax.errors import ConfigError
 from arflow_jax.flow import objective
+from arflow_jax.kernels import hybrid_attention
 from arflow_jax.nn.functional import Blueprint, Params
 
 
@@ -59,6 +60,17 @@ class ARFlowBranch:
     noisy = trajectory.noisy_trajectory(batch["images"], draws)
     velocity, _ = self.network(params)(noisy.x, noisy.t, noisy.labels)
     return objective.velocity_loss(velocity, noisy.velocity)
+
+  def form(self, batch_size: int) -> str | None:
+    model = self.config
+    return hybrid_attention.form(
+      batch=batch_size,
+      tokens=model.side**2,
+      heads=model.num_heads,
+      head=model.width // model.num_heads,
+      dtype=model.dtype,
+      implementation=model.attention,
+    )
 
   def settings(self, sample: ConfigDict) -> sampler.Settings:
     settings = sampler.Settings.from_config(sample)  # checks types

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from arflow_jax import values
 from arflow_jax.errors import ConfigError
 from arflow_jax.kernels import hybrid_attention
+from arflow_jax.kernels.modulated_norm import modulated_norm
 from arflow_jax.nn import attention, layers, patches, stack
 
 RULES = layers.RULES | {
@@ -173,6 +174,7 @@ class Block(nnx.Module):
       config.width, 6, rngs=rngs, init=layers.zeros
     )
     self.attention = HybridAttention(config, dtype=dtype, rngs=rngs)
+    self._dtype = dtype
     hidden = hidden_features(config.width, config.mlp_ratio)
     self.mlp = layers.FeedForward(config.width, hidden, dtype=dtype, rngs=rngs)
 
@@ -185,10 +187,10 @@ class Block(nnx.Module):
   ) -> tuple[Float[Array, "B S N E"], Float[Array, "B ..."]]:
     mod = jnp.split(self.modulation(jax.nn.silu(c)), 6, axis=-1)
     shift1, scale1, gate1, shift2, scale2, gate2 = mod
-    u = layers.modulate(layers.layer_norm(x), shift1, scale1)
+    x, u = modulated_norm(x, shift1, scale1, dtype=self._dtype)
     out, state = self.attention(u, c, state, opaque_state)
     x += gate1[:, :, None] * out
-    u = layers.modulate(layers.layer_norm(x), shift2, scale2)
+    x, u = modulated_norm(x, shift2, scale2, dtype=self._dtype)
     return x + gate2[:, :, None] * self.mlp(u), state
 
 
@@ -261,7 +263,7 @@ class ARFlow(nnx.Module):
       self.blocks, step, tokens, state, remat=config.remat
     )
     shift, scale = jnp.split(self.final_modulation(jax.nn.silu(c)), 2, axis=-1)
-    tokens = layers.modulate(layers.layer_norm(tokens), shift, scale)
+    _, tokens = modulated_norm(tokens, shift, scale, dtype=config.dtype)
     out = self.final_linear(tokens)
     out = patches.unpatchify(out, config.patch_size, config.side)
     return out[..., : config.channels].astype(jnp.float32), state

@@ -64,6 +64,9 @@ class FlowARBranch:
     network = self.network(params)
     return objective.loss(network, batch["images"][:, 0], labels, draws)
 
+  def form(self, batch_size: int) -> str | None:
+    return None  # there is one form of everything
+
   def settings(self, sample: ConfigDict) -> sampler.Settings:
     settings = sampler.Settings.from_config(sample)
     settings.steps_of(0, len(self.config.scales))  # checks their number

@@ -6,6 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from arflow_jax.kernels import kept
 from arflow_jax.nn import layers
 
 
@@ -75,7 +76,7 @@ class GatedFeedForward(nnx.Module):
   ) -> Float[Array, "B n E"]:
     drop = dropout or (lambda x: x)
     hidden = jax.nn.gelu(self.gate(x), approximate=False) * self.value(x)
-    return drop(self.fc2(drop(hidden)))
+    return drop(kept.keep(self.fc2(drop(hidden)), kept.FEED_FORWARD))
 
 
 def modulated(

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from arflow_jax.kernels import kept
 from arflow_jax.nn import layers, rope
 
 
@@ -81,4 +82,4 @@ def attend(
   if dropout:
     weights = dropout(weights)
   out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v, **kwargs)
-  return out.astype(v.dtype)
+  return kept.keep(out.astype(v.dtype), kept.ATTENTION)

@@ -6,21 +6,37 @@ layer recomputes is chosen by the name in the config (`model.remat`).
 
 import contextlib
 import contextvars
-import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
+from arflow_jax.kernels import kept
+
+_policies = jax.checkpoint_policies
+_products = _policies.dots_with_no_batch_dims_saveable
+
+
+def _keeping(*names: str, products: bool = False) -> Callable:
+  policy = _policies.save_only_these_names(*names)
+  if products:
+    policy = _policies.save_from_both_policies(policy, _products)
+  return lambda f: jax.checkpoint(f, policy=policy)
+
+
+# In the order of the memory that they take.
 REMAT = {
   # Nothing: every intermediate stays in memory.
   "none": lambda f: f,
-  # All but the results of the weight products: little memory, little work.
-  "dots": functools.partial(
-    jax.checkpoint,
-    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  ),
+  # All but products with weights and attention: no product is made twice.
+  "dots": _keeping(kept.ATTENTION, products=True),
+  # All but attention and the result of the feed-forward.
+  "attention": _keeping(kept.ATTENTION, kept.FEED_FORWARD),
+  # All but that result, the dearest to make again for the memory it takes.
+  "feed_forward": _keeping(kept.FEED_FORWARD),
   # Each layer from its input.
   "full": jax.checkpoint,
 }
@@ -98,19 +114,55 @@ def walk(
     The carry after the last layer, and the outputs of all, stacked.
   """
   graphdef, params = nnx.split(layers)
-
-  how = parts()
+  shapes = [p.shape[1:] for p in jax.tree.leaves(params, is_leaf=_is_variable)]
 
   def body(carry, layer):
     params, inputs = layer
-    if how:
-      params = jax.tree.map(
-        lambda p: p.replace(
-          how.parameter(p.get_metadata()["axes"], p.get_value())
-        ),
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-      )
+    leaves, tree = jax.tree.flatten(params, is_leaf=_is_variable)
+    params = jax.tree.unflatten(tree, map(_whole, leaves, shapes))
     return step(nnx.merge(graphdef, params), carry, inputs)
 
-  return jax.lax.scan(REMAT[remat](body), carry, (params, inputs))
+  flat = jax.tree.map(_flat, params, is_leaf=_is_variable)
+  return jax.lax.scan(REMAT[remat](body), carry, (flat, inputs))
+
+
+def _is_variable(leaf: Any) -> bool:
+  return isinstance(leaf, nnx.Variable)
+
+
+def _flat(parameter: nnx.Variable) -> nnx.Variable:
+  """A stacked parameter with a head's features on the axis of the heads.
+
+  Where heads have an axis of their own, XLA for TPUs transposes the weights, so
+  as not to pad 64 features to 128, and the tokens too for their gradient.
+  """
+  value, names = parameter.get_value(), parameter.get_metadata()["axes"]
+  shape, heads = list(value.shape), _heads(names)
+  if heads is not None:
+    heads += value.ndim - len(names)
+    shape[heads : heads + 2] = [math.prod(shape[heads : heads + 2])]
+  return parameter.replace(value.reshape(shape))
+
+
+def _whole(parameter: nnx.Variable, shape: tuple[int, ...]) -> nnx.Variable:
+  """A layer's parameter as the layer wants it, from a slice of `_flat`'s.
+
+  Args:
+    parameter: the slice.
+    shape: of the layer's parameter, or of the part that this device holds.
+  """
+  value, names = parameter.get_value(), parameter.get_metadata()["axes"]
+  heads = _heads(names)
+  if how := parts():
+    flat = names if heads is None else names[: heads + 1] + names[heads + 2 :]
+    value = how.parameter(flat, value)
+  if heads is not None:
+    before, after = value.shape[:heads], value.shape[heads + 1 :]
+    value = value.reshape(*before, -1, shape[heads + 1], *after)
+  return parameter.replace(value)
+
+
+def _heads(names: tuple[str | None, ...]) -> int | None:
+  """Which axis is that of heads, if that of a head's features comes next."""
+  pairs = list(itertools.pairwise(names))
+  return pairs.index(("heads", None)) if ("heads", None) in pairs else None

@@ -232,6 +232,8 @@ def _announce(program: program_lib.Program) -> None:
   devices = program.mesh.devices
   if line := lanes.note(program.abstract_state, devices.flat[0].platform):
     processes.say(line)
+  if form := program.form:
+    processes.say(form)
   processes.say(
     f"{program.config.branch} with {count:,}"
     f" parameters on {devices.size} {devices.flat[0].platform} device(s);"

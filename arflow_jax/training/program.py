@@ -52,6 +52,12 @@ class Program:
     sharding = mesh_lib.batch_sharding(self.mesh)
     return processes.rows(sharding, self.config.batch_size)
 
+  @property
+  def form(self) -> str | None:
+    """See `branches.Branch.form`; raises ConfigError."""
+    with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+      return self.branch.form(self.config.batch_size)
+
   def place(self, batch: dict[str, np.ndarray]) -> state.Batch:
     """A global batch on the devices, from this process's rows of it."""
     sharding = mesh_lib.batch_sharding(self.mesh)

@@ -24,7 +24,22 @@ PROGRAM = f"""HloModule step
   ROOT %all-gather.7 = f32[16]{{0}} all-gather(%a), channel_id=4, {ROWS}
 }}
 
+%start.1 (a: f32[4]) -> f32[16] {{
+  ROOT %all-gather.2 = f32[16]{{0}} all-gather(%a), channel_id=1, {ROWS}
+}}
+
+%async_collective_fusion.1 (a: f32[4]) -> f32[16] {{
+  ROOT %all-gather.3 = f32[16]{{0}} all-gather(%a), channel_id=1, {ROWS}
+}}
+
+%done.1 (a: f32[4]) -> f32[16] {{
+  ROOT %all-gather.4 = f32[16]{{0}} all-gather(%a), channel_id=1, {ROWS}
+}}
+
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %async-collective-start.1 = f32[16]{{0}} fusion(%x), calls=%start.1
+  %fusion.4 = f32[16]{{0}} fusion(%x), calls=%async_collective_fusion.1
+  %async-collective-done.1 = f32[16]{{0}} fusion(%x), calls=%done.1
   %all-gather.1 = f32[8,2]{{1,0:T(8,128)}} all-gather(%x), channel_id=1, {ROWS}
   %fusion.1 = bf16[16]{{0}} fusion(%x), calls=%all-reduce-scatter.1
   %fusion.2 = f32[16]{{0}} fusion(%x), calls=%piece.1
@@ -71,8 +86,8 @@ _xla_megascale_transfer_type="ALL_REDUCE"}
 def test_bytes_by_kind_type_and_axis():
   compiled = types.SimpleNamespace(as_text=lambda: PROGRAM)
   assert collectives.sent(compiled, MESH) == {
-    # Five times each; that of channel 4 stands there twice.
-    Exchange("all-gather", "f32", "fsdp"): (5 * 2 * 16 * 4 * 3 // 4, 10),
+    # Five times each; that of channel 4 stands there twice, one in pieces.
+    Exchange("all-gather", "f32", "fsdp"): (5 * 3 * 16 * 4 * 3 // 4, 15),
     Exchange("reduce-scatter", "bf16", "fsdp"): (5 * 64 * 2 * 3 // 4, 5),
     Exchange("all-reduce", "f32", "data"): (4 * 4 * 2 // 2, 1),
     Exchange("all-reduce", "bf16", "data"): (6 * 2 * 2 // 2, 1),

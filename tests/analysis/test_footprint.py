@@ -9,6 +9,7 @@ import pytest
 
 from arflow_jax.analysis import footprint
 from arflow_jax.errors import ConfigError
+from arflow_jax.nn.stack import REMAT
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,8 +42,9 @@ def test_remat_and_micro_batches_take_less(family):
     config = tiny_config(family, batch_size=256, **changes)
     return footprint.divide(config, 1, tpu=False)["temporaries"]
 
-  none, dots, full = (needed(model__remat=r) for r in ("none", "dots", "full"))
-  assert none > dots > full
+  sizes = [needed(model__remat=policy) for policy in REMAT]
+  assert sizes == sorted(sizes, reverse=True)
+  none = sizes[0]
   parts = needed(model__remat="none", optimizer__accumulation=4)
   assert none / 4 < parts < none / 3
 
@@ -58,18 +60,19 @@ def test_a_factor_is_on_temporaries_alone():
 def test_changes_begin_with_the_least():
   config = tiny_config(batch_size=16, model__remat="dots")
   assert footprint.options(config, 4) == {
-    "model.remat": ["full"],
+    "model.remat": ["attention", "feed_forward", "full"],
     "mesh.fsdp": [2, 4],
     "optimizer.accumulation": [2, 4],
     "batch_size": [8, 4],
   }
   changes = list(footprint.changes(config, 4))
   assert changes[:3] == [
+    {"model.remat": "attention"},
+    {"model.remat": "feed_forward"},
     {"model.remat": "full"},
-    {"mesh.fsdp": 2},
-    {"mesh.fsdp": 2, "model.remat": "full"},
   ]
-  assert len(changes) == 2 * 3 * 3 - 1
+  assert changes[4] == {"mesh.fsdp": 2, "model.remat": "attention"}
+  assert len(changes) == 4 * 3 * 3 - 1
   changed = footprint.changed(config, {"mesh.fsdp": 2})
   assert footprint.mesh(changed, 4).shape["data"] == 2
 

@@ -145,6 +145,7 @@ def test_a_tiny_step_compiled_for_four_chips(tmp_path):
   lines, found = compiled(tmp_path, *args)
   assert "v5e:2x2 (4 chips), data 2 x fsdp 2" in lines[0]
   assert lines[1].startswith("FITS: ")
+  assert lines[3].startswith("hybrid attention takes the ")
   parts = found["bytes"]
   assert sum(parts.values()) == found["needed"] < found["hbm"]
   for name in ("parameters", "optimiser", "average", "batch"):

@@ -57,11 +57,8 @@ def test_bad_width_is_refused():
     patches.sincos_table(3, 6)
 
 
-def test_norms_against_float64():
+def test_a_norm_against_float64():
   x = np.random.RandomState(0).standard_normal((3, 5, 16)) * 3 + 1
   x32 = jnp.asarray(x, "float32")
   rms = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-  centred = x - x.mean(-1, keepdims=True)
-  norm = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
   assert relative_error(layers.rms_norm(x32), rms) < 1e-6
-  assert relative_error(layers.layer_norm(x32), norm) < 1e-6

@@ -364,3 +364,21 @@ def test_any_mesh_trains_alike_and_resumes_anywhere(straight, tmp_path):
     moved = np.abs(b - first).max()
     assert moved > 0
     np.testing.assert_allclose(a, b, atol=0.02 * moved)
+
+
+def test_the_form_of_the_step_is_said_before_it_is_compiled(
+  monkeypatch, capsys
+):
+  seen = []
+
+  def form(self, batch_size):
+    seen.append(jax.sharding.get_abstract_mesh().axis_names)
+    return f"the form for {batch_size} items"
+
+  program = program_lib.build(tiny_config())
+  monkeypatch.setattr(type(program.branch), "form", form)
+  loop._announce(program)
+  said, compiling = capsys.readouterr().out.splitlines()
+  assert said == f"the form for {program.config.batch_size} items"
+  assert compiling.endswith("compiling the train step ...")
+  assert set(seen) == {("data", "fsdp", "tensor")}

@@ -5,9 +5,16 @@ The public operator is `hybrid_attention`; one file per implementation.
 
 from arflow_jax.kernels.hybrid_attention.api import (
   IMPLEMENTATIONS,
+  form,
   hybrid_attention,
   misfit,
   state_shape,
 )
 
-__all__ = ["IMPLEMENTATIONS", "hybrid_attention", "misfit", "state_shape"]
+__all__ = [
+  "IMPLEMENTATIONS",
+  "form",
+  "hybrid_attention",
+  "misfit",
+  "state_shape",
+]

@@ -14,12 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from arflow_jax.errors import ConfigError
-from arflow_jax.kernels.hybrid_attention import (
-  pallas_tpu,
-  reference,
-  shards,
-  xla,
-)
+from arflow_jax.kernels import kept, shards
+from arflow_jax.kernels.hybrid_attention import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS: dict[str, Callable] = {
   "reference": reference.hybrid_attention,
@@ -158,7 +154,7 @@ def hybrid_attention(
     by_head = _rms_norm(out.reshape(batch, num_chunks, -1, heads, head))
     gate = jax.nn.silu(output_gate.reshape(by_image))
     out = (by_head.reshape(by_image) * gate).reshape(out.shape)
-  return out, state
+  return kept.keep(out, kept.ATTENTION), state
 
 
 def state_shape(
@@ -197,8 +193,47 @@ def state_shape(
   return (batch, heads, head, head)
 
 
+def form(
+  *,
+  batch: int,
+  tokens: int,
+  heads: int,
+  head: int,
+  dtype: jax.typing.DTypeLike,
+  implementation: str | None = None,
+) -> str | None:
+  """One line on which form a call takes under the ambient mesh, on a TPU.
+
+  Args:
+    batch: B, over all devices.
+    tokens: N, tokens of an image.
+    heads: H, over all devices.
+    head: D, head size.
+    dtype: of q, k and v.
+    implementation: as in the call.
+
+  Raises:
+    ConfigError: as the call does.
+  """
+  size = dict(
+    batch=batch, tokens=tokens, heads=heads, head=head, dtype=jnp.dtype(dtype)
+  )
+  name, said = _resolve(implementation, **size)
+  if shards.platform() != "tpu":
+    return None  # nothing faster is there to be missed
+  return said or f"hybrid attention takes the form {name}"
+
+
 def _choose(implementation: str | None, **size) -> str:
   """The implementation that is called; raises ConfigError if there is none."""
+  name, said = _resolve(implementation, **size)
+  if said:
+    _say_once(said)
+  return name
+
+
+def _resolve(implementation: str | None, **size) -> tuple[str, str | None]:
+  """The implementation, and why it is not the best one, where it is not."""
   name = implementation
   if name is None:
     name = "pallas_tpu" if shards.platform() == "tpu" else "xla"
@@ -208,9 +243,9 @@ def _choose(implementation: str | None, **size) -> str:
       f"implementation={name!r}: {reason}; leave it out for the best there is"
     )
   if reason:
-    _say_once(f"hybrid attention takes the XLA form, not {name}: {reason}")
-    return "xla"
-  return name
+    said = f"hybrid attention takes the XLA form, not {name}: {reason}"
+    return "xla", said
+  return name, None
 
 
 def _opaque_shape(name: str, **size) -> tuple[int, ...]:
@@ -232,7 +267,8 @@ def _rms_norm(x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:
 
 def _inverse_rms(*arrays: Float[Array, "B T HD"]) -> Float[Array, "B n T"]:
   squares = [jnp.square(x.astype(jnp.float32)).mean(-1) for x in arrays]
-  return jax.lax.rsqrt(jnp.stack(squares, axis=1) + 1e-6)
+  squares = kept.keep(jnp.stack(squares, axis=1), kept.ATTENTION)
+  return jax.lax.rsqrt(squares + 1e-6)
 
 
 def misfit(

@@ -12,6 +12,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import (
+  AbstractDevice,
   AbstractMesh,
   AxisType,
   NamedSharding,
@@ -19,7 +20,8 @@ from jax.sharding import (
 )
 
 from arflow_jax.analysis import tpu
-from arflow_jax.kernels.hybrid_attention import api, misfit
+from arflow_jax.errors import ConfigError
+from arflow_jax.kernels.hybrid_attention import api, form, misfit
 from arflow_jax.kernels.hybrid_attention.cases import published
 from tests.kernels.hybrid_attention.test_pallas_tpu import BFLOAT16, problem
 
@@ -152,3 +154,29 @@ def test_explicit_axes_are_refused_by_name():
       batch=2,
     )
   assert "mesh axes ('data',) are explicit" in reason
+
+
+def _form(tensor, **changes):
+  device = AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+  mesh = AbstractMesh((2, tensor), AXES, abstract_device=device)
+  size = dict(batch=4, tokens=256, heads=18, head=64, dtype="bfloat16")
+  with jax.sharding.use_abstract_mesh(mesh):
+    return form(**size | changes)
+
+
+def test_one_line_tells_which_form_it_takes():
+  """XL/2 has 18 heads, 9 pairs that share registers."""
+  kernel = "hybrid attention takes the form pallas_tpu"
+  assert _form(1) == _form(3) == kernel
+  instead = "hybrid attention takes the XLA form, not pallas_tpu: "
+  assert _form(2) == (
+    f"{instead}mesh axis tensor=2 does not divide the 9 groups of 2 heads"
+  )
+  assert _form(1, heads=16, head=72).startswith(
+    f"{instead}the head size is 72; "
+  )
+  with pytest.raises(ConfigError, match=r"'pallas_tpu': .* tensor=2"):
+    _form(2, implementation="pallas_tpu")
+  # Where there is no TPU there is nothing to miss.
+  size = dict(batch=4, tokens=256, heads=18, head=64, dtype="bfloat16")
+  assert form(**size) is None

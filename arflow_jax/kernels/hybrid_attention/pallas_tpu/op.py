@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from arflow_jax.kernels import kept
 from arflow_jax.kernels.hybrid_attention.pallas_tpu.backward import backward
 from arflow_jax.kernels.hybrid_attention.pallas_tpu.forward import forward
 from arflow_jax.kernels.hybrid_attention.pallas_tpu.plan import Plan
@@ -83,7 +84,9 @@ def _attend(plan, interpret, *operands):
 
 
 def _forward(plan, interpret, *operands):
-  out, final, *saved = forward(plan, *operands, save=True, interpret=interpret)
+  out, final, *saved = kept.keep(
+    forward(plan, *operands, save=True, interpret=interpret), kept.ATTENTION
+  )
   *operands, _ = operands  # no gradient needs the initial memory
   return (out, final), ([x for x in operands if x is not None], saved)
 
@@ -97,5 +100,4 @@ def _backward(plan, interpret, residuals, cotangents):
   return tuple(grads)
 
 
-# Under jax.checkpoint the first forward pass then saves nothing.
-_attend.defvjp(_forward, _backward, optimize_remat=True)
+_attend.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""The ambient mesh: where the operator runs, and what each device computes."""
+"""The ambient mesh: where operators run, and what each device computes."""
 
 import math
 from collections.abc import Callable
