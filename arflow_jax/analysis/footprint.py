@@ -28,21 +28,25 @@ _FUSED = 0.97  # of what is traced without remat, XLA keeps
 _GATHERED = 3  # layers of whole weights: this one, the next one, a gradient
 
 
-def mesh(config: ConfigDict, devices: int) -> AbstractMesh:
-  """The mesh of a config on so many devices.
+def mesh(config: ConfigDict, devices: int, slices: int = 1) -> AbstractMesh:
+  """The mesh of a config on so many devices, in so many slices.
 
   Raises:
     ConfigError: sizes that do not multiply to them, or a batch that they do
       not divide.
   """
-  sizes = mesh_lib.sizes(config.mesh, devices)
+  sizes = mesh_lib.sizes(config.mesh, devices, slices)
   made = AbstractMesh(sizes, mesh_lib.AXES)
   mesh_lib.check_batch(made, config.batch_size, config.optimizer.accumulation)
   return made
 
 
 def divide(
-  config: ConfigDict, devices: int, tpu: bool, factor: float = 1.0
+  config: ConfigDict,
+  devices: int,
+  tpu: bool,
+  factor: float = 1.0,
+  slices: int = 1,
 ) -> dict[str, int]:
   """Bytes on one of so many devices, by what takes them, and their `total`.
 
@@ -51,11 +55,12 @@ def divide(
     devices: of the whole mesh.
     tpu: whether attention is the kernel for TPUs.
     factor: on what is neither state nor batch, from a compiled program.
+    slices: that the devices make up.
 
   Raises:
     ConfigError: a mesh or a batch that does not divide.
   """
-  where = mesh(config, devices)
+  where = mesh(config, devices, slices)
   branch, weights = _built(_shape(config), config.model.remat)
   placed = mesh_lib.abstract_params(branch.axes, weights, where)
   shards = jax.tree.map(
@@ -110,12 +115,14 @@ def _state(
   }
 
 
-def options(config: ConfigDict, devices: int) -> dict[str, list]:
+def options(
+  config: ConfigDict, devices: int, slices: int = 1
+) -> dict[str, list]:
   """Values of the settings that take less memory, the nearest first.
 
   All but the batch leave what is computed as it is, but for rounding.
   """
-  _, fsdp, tensor = mesh_lib.sizes(config.mesh, devices)
+  _, fsdp, tensor = mesh_lib.sizes(config.mesh, devices, slices)
   shards = devices // tensor  # of a batch
   items, parts = config.batch_size // shards, config.optimizer.accumulation
   policies = list(REMAT)  # in the order of what they take
@@ -129,10 +136,12 @@ def options(config: ConfigDict, devices: int) -> dict[str, list]:
   }
 
 
-def changes(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
+def changes(
+  config: ConfigDict, devices: int, slices: int = 1
+) -> Iterator[dict[str, Any]]:
   """Changes of one setting or more, the least first; the batch stays."""
   keys = ["optimizer.accumulation", "mesh.fsdp", "model.remat"]
-  found = options(config, devices)
+  found = options(config, devices, slices)
   for values in itertools.product(*([None, *found[key]] for key in keys)):
     chosen = {k: v for k, v in zip(keys, values) if v is not None}
     if chosen:

@@ -44,9 +44,11 @@ def examine(
       cannot work.
   """
   config_lib.check(config)
-  mesh = footprint.mesh(config, place.devices)  # the cheapest check first
+  mesh = footprint.mesh(
+    config, place.devices, place.slices
+  )  # the cheapest check first
   on_tpu = place.chip is not None
-  formula = footprint.divide(config, place.devices, on_tpu)
+  formula = footprint.divide(config, place.devices, on_tpu, slices=place.slices)
   found = {
     "topology": place.name,
     "chips": place.chips,
@@ -171,7 +173,8 @@ def _alone(
 ) -> list[dict[str, Any]]:
   """Of each setting, the nearest value that fits alone, by the formula."""
   rows = []
-  for key, values in footprint.options(config, place.devices).items():
+  options = footprint.options(config, place.devices, place.slices)
+  for key, values in options.items():
     fitting = (_by_formula(config, place, factor, {key: v}) for v in values)
     rows.append(next(filter(None, fitting), {"change": {key: None}}))
   return rows
@@ -183,7 +186,9 @@ def _by_formula(
   """A change and the bytes it leads to, or None where they do not fit."""
   changed, tpu = footprint.changed(config, change), place.chip is not None
   try:
-    total = footprint.divide(changed, place.devices, tpu, factor)["total"]
+    total = footprint.divide(changed, place.devices, tpu, factor, place.slices)[
+      "total"
+    ]
   except ConfigError:  # a number of shards that the weights cannot have
     return None
   if total > (1 - _MARGIN) * place.hbm:
@@ -199,7 +204,7 @@ def _remedy(
 ) -> dict[str, Any] | None:
   """The least change with which it fits; on a TPU, one that was compiled."""
   tried = 0
-  for change in footprint.changes(config, place.devices):
+  for change in footprint.changes(config, place.devices, place.slices):
     remedy = _by_formula(config, place, factor, change)
     if remedy is None or place.chip is None:
       if remedy:
