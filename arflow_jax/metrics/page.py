@@ -76,6 +76,11 @@ def write(
   path = epath.Path(out) if out else folder / "report.html"
   own = out is None and path.is_file()
   own = own and path.read_bytes().startswith(_MARK.encode())
+  if out is None and path.exists() and not own and not overwrite:
+    raise ConfigError(
+      f"{path} is not a page of a run, and is not replaced; move it away, or"
+      " name another file by report --out"
+    )
   _check_output(path, overwrite or own)
   text = _page(folder, records, _config(workdir), launches.read(folder))
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -181,4 +181,6 @@ def test_what_is_in_the_way_of_the_page_fails_no_run(folder, capsys):
   assert capsys.readouterr().out == f"its curves are in {folder}/report.html\n"
   (folder / "report.html").write_text("mine")
   page.finish(str(folder))
-  assert "no page of curves was written: --out=" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "no page of curves was written: " in said
+  assert "report.html is not a page of a run" in said

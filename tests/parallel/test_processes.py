@@ -146,6 +146,18 @@ def test_who_fails_leaves_when_no_other_can_be_the_cause(
   assert waits == [5 if own else processes.HEARTBEAT + 5]
 
 
+def test_a_connection_that_broke_is_known(monkeypatch):
+  broken = jax.errors.JaxRuntimeError(
+    "INTERNAL: Error dispatching computation: Gloo all-reduce failed: [pair.cc]"
+    " Read error [127.0.0.1]:1: Connection reset by peer"
+  )
+  assert not processes.cut_off(broken)  # one process has no other
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  assert processes.cut_off(broken)
+  assert not processes.cut_off(jax.errors.JaxRuntimeError("INTERNAL: a kernel"))
+  assert not processes.cut_off(ConfigError("Connection reset by peer"))
+
+
 @pytest.mark.parametrize(
   "given",
   [
