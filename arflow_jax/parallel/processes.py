@@ -138,7 +138,7 @@ def cut_off(error: BaseException) -> bool:
   """Whether an error is that of a connection to another process that broke."""
   return (
     jax.distributed.is_initialized()
-    and isinstance(error, jax.errors.JaxRuntimeError)
+    and not isinstance(error, ConfigError)  # JAX raises several kinds
     and any(sign in str(error) for sign in _CUT_OFF)
   )
 

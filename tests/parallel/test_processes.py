@@ -147,13 +147,12 @@ def test_who_fails_leaves_when_no_other_can_be_the_cause(
 
 
 def test_a_connection_that_broke_is_known(monkeypatch):
-  broken = jax.errors.JaxRuntimeError(
-    "INTERNAL: Error dispatching computation: Gloo all-reduce failed: [pair.cc]"
-    " Read error [127.0.0.1]:1: Connection reset by peer"
-  )
+  text = "Gloo all-reduce failed: [pair.cc] Connection reset by peer"
+  broken = jax.errors.JaxRuntimeError(f"INTERNAL: {text}")
   assert not processes.cut_off(broken)  # one process has no other
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
   assert processes.cut_off(broken)
+  assert processes.cut_off(ValueError(f"UNKNOWN: {text}"))
   assert not processes.cut_off(jax.errors.JaxRuntimeError("INTERNAL: a kernel"))
   assert not processes.cut_off(ConfigError("Connection reset by peer"))
 
