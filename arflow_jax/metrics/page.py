@@ -88,9 +88,10 @@ def write(
   try:
     part.write_bytes(text.encode())
     part.replace(path)
-  except OSError:
+  except OSError as error:
     with contextlib.suppress(OSError):
       part.unlink(missing_ok=True)
+    error.filename = error.filename or str(path)  # a full disk names none
     raise
   return str(path)
 
