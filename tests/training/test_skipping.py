@@ -61,6 +61,7 @@ def test_a_good_step_is_what_it_is_without_the_key():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_counts_them(tmp_path, monkeypatch, capsys):
   _poison(monkeypatch, 2, 4, 5, 6)
   assert loop.train(CONFIG, str(tmp_path)) == 6
