@@ -256,10 +256,16 @@ def run(name: str) -> None:
   try:
     code, error = _execute(sys.modules[name], sys.argv[1:])
   except Exception as found:
-    sys.excepthook(type(found), found, found.__traceback__)
-    error, code = found, 1
+    code, error, unknown = 1, found, True
+  else:
+    unknown = False
   # Where there may be several: nothing heavy is imported for it.
   processes = sys.modules.get("arflow_jax.parallel.processes")
+  if unknown and processes and processes.cut_off(error):
+    reason = str(error).partition("\n")[0]
+    _fail(f"another process is lost, its log may say why ({reason})", 1)
+  elif unknown:
+    sys.excepthook(type(error), error, error.__traceback__)
   left = bool(code == 1 and processes and processes.leave(error))
   others = [
     thread

@@ -14,6 +14,7 @@ def define(flags: cli.Flags) -> None:
   flags.workdir()
   text = "X.html to write; WORKDIR/report.html if unset."
   flags.define("path", "out", None, text)
+  flags.define("bool", "overwrite", False, "Replace an existing output.")
 
 
 def main(args: cli.Args) -> None:
@@ -23,9 +24,7 @@ def main(args: cli.Args) -> None:
   jax.config.update("jax_platforms", "cpu")
   from arflow_jax.metrics import page
 
-  if args.out:
-    page.check_output(args.out)
-  console.say(page.write(args.workdir, args.out))
+  console.say(page.write(args.workdir, args.out, overwrite=args.overwrite))
 
 
 if __name__ == "__main__":

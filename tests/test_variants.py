@@ -28,7 +28,6 @@ ON_GPUS = [
 ]
 IN_SHORT = [
   ("arflow", "imagenet256-xl2", "gpu24"),
-  ("flowar", "imagenet256-s", "gpu80"),
 ]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 _WIDTH, _HEIGHT = 460, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 30, 28
 _MOST = 600  # points of a line; more than that many are averaged
+_LARGEST = 1e300
+_LINES = 30  # marks; more than that many would hide the curve
 _DECADES = 1.5  # values that span more may get a logarithmic axis
 
 Points = Sequence[tuple[Any, Any]]  # numbers, whole or not
@@ -20,18 +22,20 @@ def svg(
   *,
   from_zero: bool = False,
 ) -> str:
-  """One curve with its axes, or an empty text where there are no two points.
+  """One curve with its axes, or an empty text where there are no two steps.
 
   Args:
     title: stands above it.
-    points: steps, ascending, and values; what is not finite is left out.
-    marks: steps at which a dashed line stands, such as restarts.
+    points: steps, ascending, and values; what is not finite, or so large that
+      a sum of it is not, is left out.
+    marks: steps at which a dashed line stands, such as restarts; a short one
+      where they are many.
     from_zero: the axis of the values begins at 0 and is linear, as suits rates
       and shares.
   """
-  points = [(float(x), float(y)) for x, y in points if math.isfinite(y)]
+  points = [(float(x), float(y)) for x, y in points if abs(y) < _LARGEST]
   points = _thinned(points)
-  if len(points) < 2:
+  if not points or points[0][0] == points[-1][0]:
     return ""
   steps, values = zip(*points)
   marks = [float(mark) for mark in marks]
@@ -51,6 +55,8 @@ def svg(
     share = (scale(value) - scale(low)) / (scale(high) - scale(low))
     return bottom - share * (bottom - _TOP)
 
+  if log:
+    title += " (logarithmic)"
   parts = [
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
     ' font-family="sans-serif" font-size="11">',
@@ -61,15 +67,16 @@ def svg(
     parts += [
       f'<path d="M{_LEFT} {y(tick):.1f}H{right}" stroke="#ddd"/>',
       f'<text x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">'
-      f"{tick:g}</text>",
+      f"{_number(tick)}</text>",
     ]
   for tick in _ticks(steps[0], steps[-1]):
     parts.append(
       f'<text x="{x(tick):.1f}" y="{bottom + 17}" text-anchor="middle">'
-      f"{tick:,g}</text>"
+      f"{_number(tick)}</text>"
     )
+  top = _TOP if len(marks) <= _LINES else bottom - 8
   parts += [
-    f'<path d="M{x(mark):.1f} {_TOP}V{bottom}" stroke="#c60"'
+    f'<path d="M{x(mark):.1f} {top}V{bottom}" stroke="#c60"'
     ' stroke-dasharray="3 3"/>'
     for mark in marks
     if steps[0] < mark < steps[-1]
@@ -102,6 +109,19 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-  """Powers of ten between two numbers, thinned where they are many."""
-  first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-  return [10.0**n for n in range(first, last + 1, 1 + (last - first) // 6)]
+  """Powers of ten between two numbers, thinned where they are many.
+
+  With 2 and 5 times them where they are few.
+  """
+  first, last = math.floor(math.log10(low)), math.floor(math.log10(high))
+  factors = (1, 2, 5) if last - first < 3 else (1,)
+  tens = range(first, last + 1, 1 + (last - first) // 6)
+  found = [float(f"{f}e{n}") for n in tens for f in factors]
+  return [tick for tick in found if low <= tick <= high]
+
+
+def _number(tick: float) -> str:
+  """In few characters: 2000, 50k, 1.5M."""
+  if abs(tick) >= 1e6:
+    return f"{tick / 1e6:g}M"
+  return f"{tick / 1e3:g}k" if abs(tick) >= 1e4 else f"{tick:g}"

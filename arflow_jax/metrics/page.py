@@ -51,26 +51,16 @@ _CURVES = (
 )
 
 
-def check_output(out: str) -> None:
-  """Raises ConfigError unless a page may be written to `out`. Makes nothing."""
-  path = epath.Path(out)
-  if path.suffix != ".html" or path.is_dir():
-    raise ConfigError(f"--out={out} must be a file that ends in .html")
-  paths.check_writable("--out", out)
-  if path.exists() and not path.read_bytes().startswith(_MARK.encode()):
-    raise ConfigError(
-      f"--out={out} is there and no page of a run: it is not replaced; choose"
-      " another name"
-    )
-
-
-def write(workdir: str, out: str | None = None) -> str:
+def write(
+  workdir: str, out: str | None = None, *, overwrite: bool = False
+) -> str:
   """Writes the page of a run, and returns where it is.
 
   Args:
     workdir: of the run.
-    out: a file that ends in .html; `WORKDIR/report.html` if None. A page that
-      is there is replaced.
+    out: a file that ends in .html; `WORKDIR/report.html`, where a page that is
+      there is replaced, if None.
+    overwrite: whether any other file that is there may be replaced.
 
   Raises:
     ConfigError: no run there, or something in the way of the page.
@@ -83,15 +73,36 @@ def write(workdir: str, out: str | None = None) -> str:
       f"--workdir={workdir} holds no run: it has neither records"
       " (metrics.jsonl) nor checkpoints"
     )
-  out = out or str(folder / "report.html")
-  check_output(out)
+  path = epath.Path(out) if out else folder / "report.html"
+  own = out is None and path.is_file()
+  own = own and path.read_bytes().startswith(_MARK.encode())
+  if out is None and path.exists() and not own and not overwrite:
+    raise ConfigError(
+      f"{path} is not a page of a run, and is not replaced; move it away, or"
+      " name another file by report --out"
+    )
+  _check_output(path, overwrite or own)
   text = _page(folder, records, _config(workdir), launches.read(folder))
-  path = epath.Path(out)
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + ".part")
-  part.write_bytes(text.encode())
-  part.replace(path)
-  return out
+  try:
+    part.write_bytes(text.encode())
+    part.replace(path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      part.unlink(missing_ok=True)
+    error.filename = error.filename or str(path)  # a full disk names none
+    raise
+  return str(path)
+
+
+def _check_output(path: epath.Path, overwrite: bool) -> None:
+  """Raises ConfigError unless a page may be written. Makes nothing."""
+  if path.suffix != ".html" or path.is_dir():
+    raise ConfigError(f"--out={path} must be a file that ends in .html")
+  paths.check_writable("--out", str(path))
+  if path.exists() and not overwrite:
+    raise ConfigError(f"--out={path} exists; choose another or add --overwrite")
 
 
 def finish(workdir: str) -> None:
@@ -122,13 +133,14 @@ def _records(folder: epath.Path) -> list[dict[str, Any]]:
 
 
 def _config(workdir: str) -> ConfigDict | None:
-  """That of the latest launch, else the stored one; None: it has neither."""
-  try:
+  """That of the latest launch, else a stored one; None: neither can be read."""
+  with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
     text = (epath.Path(workdir) / "config.json").read_text()
     return config_lib.complete(config_lib.loads(text).to_dict(), {})
-  except (OSError, ValueError, TypeError, AttributeError):
-    with contextlib.suppress(ConfigError):
-      return listing.read_config(workdir)
+  # Not by `newest`, for which all processes are needed.
+  for step in reversed(listing.steps(workdir)):
+    with contextlib.suppress(Exception):  # Orbax raises many kinds
+      return listing.load_config(listing.folder(workdir) / str(step))
   return None
 
 

@@ -25,6 +25,7 @@ from arflow_jax.parallel import preemption, rendezvous
 # ends the others, whatever they wait for. By itself JAX waits for 100 s.
 HEARTBEAT = 20
 _PARTING = 5.0  # seconds that the others have to fail as well
+_CUT_OFF = ("Gloo", "Connection reset by peer", "Connection closed by peer")
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = (
   "SLURM_JOB_ID",
@@ -131,6 +132,15 @@ def leave(error: BaseException | None) -> bool:
   thread.start()
   thread.join(_PARTING if own else HEARTBEAT + _PARTING)
   return thread.is_alive()
+
+
+def cut_off(error: BaseException) -> bool:
+  """Whether an error is that of a connection to another process that broke."""
+  return (
+    jax.distributed.is_initialized()
+    and not isinstance(error, ConfigError)  # JAX raises several kinds
+    and any(sign in str(error) for sign in _CUT_OFF)
+  )
 
 
 def speaks() -> bool:

@@ -15,6 +15,7 @@ from etils import epath
 from arflow_jax.training.growing import Growing
 
 NAME = "launches.jsonl"
+_LATEST = 1e11  # seconds; a line with more, or with less than 0, is damaged
 
 
 class Launches:
@@ -86,7 +87,9 @@ def _parsed(content: bytes) -> list[dict[str, Any]]:
       line["step"] = int(line["step"])
       for key in line.keys() & {"launch", "time", "kept"}:
         line[key] = float(line[key])
-    except (ValueError, TypeError, KeyError):
+        if not 0 <= line[key] < _LATEST:
+          raise ValueError
+    except (ValueError, TypeError, KeyError, OverflowError):
       continue
     found.append(line)
   return found

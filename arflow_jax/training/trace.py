@@ -33,9 +33,15 @@ class Trace:
   ):
     settings = program.config.log
     self._first = settings.trace_start
-    self._last = self._first + settings.trace_steps - 1
+    total = program.config.steps
+    self._last = min(self._first + settings.trace_steps - 1, total)
     self._workdir, self._log = workdir, log
     self._scratch: str | None = None  # where the trace under way is written to
+    if settings.trace_steps and self._first > total:
+      processes.say(
+        f"no step is traced: log.trace_start={self._first} is beyond the last"
+        f" step, {total}"
+      )
 
   def between(
     self, step: int, state: TrainState, stopping: Callable[[], bool]

@@ -15,7 +15,11 @@ def _ideal(*kinds):
 
 @pytest.mark.parametrize(
   ("kind", "name"),
-  [("TPU v5 lite", "v5e"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x")],
+  [
+    ("TPU v5 lite", "v5e"),
+    pytest.param("TPU v6 lite", "v6e", marks=pytest.mark.slow),
+    ("TPU7x", "tpu7x"),
+  ],
 )
 def test_the_ideal_step_divides_the_work_among_chips(kind, name):
   chip = chips.TPUS[name]

@@ -39,7 +39,9 @@ def test_values_over_decades_get_a_logarithmic_axis():
   places, labels, _ = _read([(1, 100.0), (2, 1.0), (3, 0.01)])
   (_, first), (_, second), (_, third) = places
   assert second == pytest.approx((first + third) / 2, abs=0.1)
-  assert {"100", "1", "0.01"} <= set(labels)
+  assert {"a < b (logarithmic)", "100", "1", "0.01"} <= set(labels)
+  _, labels, _ = _read([(1, 0.15), (2, 9.0)])  # with one power of ten alone
+  assert {"0.2", "0.5", "1", "2", "5"} <= set(labels)
 
 
 def test_a_rate_begins_at_zero():
@@ -66,3 +68,21 @@ def test_many_points_are_averaged():
   places, _, _ = _read([(i, float(i % 2)) for i in range(10_000)])
   assert 300 < len(places) <= 600
   assert len({y for _, y in places}) <= 3  # means of all, not some of them
+
+
+def test_large_numbers_are_short():
+  _, labels, _ = _read([(0, 0.0), (10_000_000, 48_000.0)])
+  assert {"2M", "10M", "20k"} <= set(labels)
+
+
+def test_many_restarts_do_not_hide_the_curve():
+  def heights(count):
+    marks = [10 * i for i in range(1, count + 1)]
+    _, _, dashed = _read([(0, 1.0), (9999, 2.0)], marks)
+    assert len(dashed) == count
+    return {re.search(r" (\d+)V(\d+)", x.get("d")).groups() for x in dashed}
+
+  ((top, bottom),) = heights(5)
+  ((short, end),) = heights(500)
+  assert end == bottom
+  assert int(bottom) - int(short) < (int(bottom) - int(top)) / 10

@@ -1,10 +1,13 @@
 """The page of a run: of a whole one, a killed one, an earlier one, none."""
 
+import errno
 import json
+import math
 import re
 import shutil
 
 import pytest
+from etils import epath
 from PIL import Image
 
 from arflow_jax import config as config_lib
@@ -78,7 +81,7 @@ def test_a_run_of_an_earlier_version_has_a_page(run, tmp_path):
   page.write(str(tmp_path / "run"), out)
   assert "no records yet" in (tmp_path / "page.html").read_text()
   (tmp_path / "run" / "metrics.jsonl").write_text(text)
-  page.write(str(tmp_path / "run"), out)
+  page.write(str(tmp_path / "run"), out, overwrite=True)
   text = (tmp_path / "page.html").read_text()
   assert _titles(text) == ["loss", "learning rate"]
   assert "<td>branch</td><td>arflow</td>" in text
@@ -101,12 +104,79 @@ def test_without_a_run_there_is_one_clear_line(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_other_files_are_not_replaced(folder):
-  for name in ("mine.html", "mine.txt"):
+@pytest.mark.parametrize("steps", [[1], [2, 2], [3, 3, 3]])
+def test_the_first_record_of_a_run_makes_a_page(folder, steps):
+  lines = [{"step": step, "loss": 2.0, "grad_norm": 1e308} for step in steps]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (folder / "metrics.jsonl").write_text(text)
+  page.write(str(folder))
+  text = (folder / "report.html").read_text()
+  assert _titles(text) == (["learning rate"] if steps != [1] else [])
+
+
+def test_a_page_of_odd_numbers(folder):
+  lines = [
+    {"step": 1, "loss": math.nan, "goodput": math.inf},
+    {"step": 2, "loss": -math.inf, "goodput": 1e308},
+    {"step": 3, "loss": 1e308, "goodput": 0.5},
+    {"step": 4, "loss": -1e308, "goodput": -1e308},
+  ]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (folder / "metrics.jsonl").write_text(text)
+  lines = [
+    {"launch": math.nan, "step": 0},
+    {"launch": 1e300, "step": 0},
+    {"launch": 1e9, "step": math.inf},
+  ]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (folder / "launches.jsonl").write_text(text)
+  page.write(str(folder))
+  text = (folder / "report.html").read_text()
+  assert _titles(text) == ["learning rate"]
+  assert "Launches" not in text
+
+
+def test_names_and_settings_are_escaped(folder):
+  hostile = folder / "<script>alert('1')<"
+  hostile.mkdir()
+  shutil.copy(folder / "metrics.jsonl", hostile)
+  config = tiny_config(data__dir="<script>alert('2')</script>")
+  (hostile / "config.json").write_text(config_lib.dumps(config))
+  page.write(str(hostile))
+  text = (hostile / "report.html").read_text()
+  assert "alert(&#x27;1&#x27;)" in text
+  assert "alert(&#x27;2&#x27;)" in text
+  assert "<script" not in text
+
+
+def test_other_files_are_not_replaced(folder, capsys):
+  page.write(str(folder), str(folder / "of another run.html"))
+  for name in ("mine.html", "report.html"):
     (folder / name).write_text("mine")
-    with pytest.raises(ConfigError, match=f"--out=.*{name}"):
-      page.write(str(folder), str(folder / name))
-    assert (folder / name).read_text() == "mine"
+  for name in ("mine.html", "of another run.html", "report.html"):
+    out = folder / name
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match=f"--out=.*{name} exists"):
+      page.write(str(folder), str(out))
+    assert out.read_bytes() == before
+    args = [f"--workdir={folder}", f"--out={out}", "--overwrite"]
+    assert execute(report, args) == 0
+    assert "<svg" in out.read_text()
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(
+  folder, monkeypatch, capsys
+):
+  before = sorted(folder.iterdir())
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(type(epath.Path(folder)), "replace", full)
+  assert execute(report, [f"--workdir={folder}"]) == 1
+  said = capsys.readouterr().err
+  assert said == f"error: {folder}/report.html: No space left on device\n"
+  assert sorted(folder.iterdir()) == before
 
 
 def test_what_is_in_the_way_of_the_page_fails_no_run(folder, capsys):
@@ -114,4 +184,6 @@ def test_what_is_in_the_way_of_the_page_fails_no_run(folder, capsys):
   assert capsys.readouterr().out == f"its curves are in {folder}/report.html\n"
   (folder / "report.html").write_text("mine")
   page.finish(str(folder))
-  assert "no page of curves was written: --out=" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "no page of curves was written: " in said
+  assert "report.html is not a page of a run" in said

@@ -146,6 +146,17 @@ def test_who_fails_leaves_when_no_other_can_be_the_cause(
   assert waits == [5 if own else processes.HEARTBEAT + 5]
 
 
+def test_a_connection_that_broke_is_known(monkeypatch):
+  text = "Gloo all-reduce failed: [pair.cc] Connection reset by peer"
+  broken = jax.errors.JaxRuntimeError(f"INTERNAL: {text}")
+  assert not processes.cut_off(broken)  # one process has no other
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  assert processes.cut_off(broken)
+  assert processes.cut_off(ValueError(f"UNKNOWN: {text}"))
+  assert not processes.cut_off(jax.errors.JaxRuntimeError("INTERNAL: a kernel"))
+  assert not processes.cut_off(ConfigError("Connection reset by peer"))
+
+
 @pytest.mark.parametrize(
   "given",
   [

@@ -63,7 +63,9 @@ def test_what_a_kill_has_lost_is_trained_again_alike(tmp_path):
     row_log.read(str(broken))
 
 
-@pytest.mark.parametrize("family", ["arflow", "flowar"])
+@pytest.mark.parametrize(
+  "family", ["arflow", pytest.param("flowar", marks=pytest.mark.slow)]
+)
 def test_a_hash_covers_all_that_a_row_is_trained_on(family):
   program = program_lib.build(tiny_config(family))
   batch = next(batches(program.config))

@@ -73,3 +73,10 @@ def test_none_is_made_unless_asked_for(tmp_path, capsys):
   _steps(str(tmp_path), 5, 9, log__trace_start=2, log__trace_steps=4)
   assert not (tmp_path / "profile").exists()
   assert capsys.readouterr().out == ""
+
+
+def test_a_start_beyond_the_end_is_told(tmp_path, capsys):
+  _steps(str(tmp_path), 0, 9, log__trace_start=10, log__trace_steps=1)
+  assert not (tmp_path / "profile").exists()
+  out = capsys.readouterr().out
+  assert "no step is traced: log.trace_start=10 is beyond the last" in out
