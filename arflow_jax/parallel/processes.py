@@ -133,6 +133,12 @@ def leave(error: BaseException | None) -> bool:
   return thread.is_alive()
 
 
+def part() -> None:
+  """Parts from the other processes, all of which end without an error."""
+  if jax.distributed.is_initialized():
+    jax.distributed.shutdown()
+
+
 def speaks() -> bool:
   """Whether this process prints, logs and writes what one process writes."""
   return jax.process_index() == 0
