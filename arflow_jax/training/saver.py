@@ -154,7 +154,9 @@ class Saver:
         path, items, custom_metadata=about
       ).result
     except Exception as error:
-      written = _raiser(error)
+      self._pending = concurrent.futures.Future()
+      self._pending.set_exception(error)
+      return
     self._pending = self._thread.submit(self._complete, written)
 
   def _complete(self, written: Callable[[], None]) -> None:
@@ -241,10 +243,3 @@ class Saver:
         return failed, error
       if failed:
         patience = _PATIENCE
-
-
-def _raiser(error):
-  def fail():
-    raise error
-
-  return fail
