@@ -279,7 +279,10 @@ def run(name: str) -> None:
       thread.join(max(0.0, end - time.monotonic()))
   # Programs may still run on threads that an exit would crash. Those of a save
   # that has failed may wait for minutes, and the reader of loaders for ever.
-  if code == 130 or left or any(thread.is_alive() for thread in others):
+  alive = any(thread.is_alive() for thread in others)
+  if code == 130 or left or alive:
+    if processes and alive and code not in (130, 1):
+      processes.part()
     with contextlib.suppress(OSError, AttributeError):  # closed by the caller
       sys.stdout.flush()
     os._exit(code)

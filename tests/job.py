@@ -1,4 +1,4 @@
-"""A job of two processes on this machine."""
+"""A job of several processes on this machine."""
 
 import contextlib
 import os
@@ -26,18 +26,24 @@ def two_processes(program: str, devices: int = 1) -> list[list[str]]:
 
 
 @contextlib.contextmanager
-def started(program: str, devices: int = 1):
-  """Two processes of a job at work, which are killed in the end."""
+def started(program: str, devices: int = 1, count: int = 2):
+  """Processes of a job at work, which are killed in the end.
+
+  Args:
+    program: Python text that each of them runs.
+    devices: of each process.
+    count: of processes.
+  """
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
   environment = os.environ | {
     "JAX_NUM_CPU_DEVICES": str(devices),
     "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-    "JAX_NUM_PROCESSES": "2",
+    "JAX_NUM_PROCESSES": str(count),
   }
   with contextlib.ExitStack() as stack:
-    both = [
+    every = [
       stack.enter_context(
         subprocess.Popen(
           [sys.executable, "-c", program],
@@ -47,12 +53,12 @@ def started(program: str, devices: int = 1):
           text=True,
         )
       )
-      for i in range(2)
+      for i in range(count)
     ]
     try:
-      yield both
-    finally:  # one that has failed leaves the other waiting
-      for process in both:
+      yield every
+    finally:  # one that has failed leaves the others waiting
+      for process in every:
         process.kill()
 
 
@@ -68,26 +74,29 @@ cli.run(name)
 """
 
 
-def mains(*command: str, before: str = ""):
-  """Two processes of a job that run a main.
+def mains(*command: str, before: str = "", **job: int):
+  """The processes of a job that run a main.
 
   Args:
     *command: the main, `arflow_jax.train`, and its flags.
     before: Python text that each runs before; `process` is its number.
+    **job: `devices` and `count`, as for `started`.
   """
-  return started(_MAIN.format(before=before, command=command))
+  return started(_MAIN.format(before=before, command=command), **job)
 
 
-def trainers(workdir, before: str = "", **overrides):
+def trainers(workdir, before: str = "", devices: int = 1, **overrides):
   """Two processes of a job that train a tiny model; see `mains`.
 
   Args:
     workdir: of the run.
     before: as for `mains`.
+    devices: of each process.
     **overrides: `group__key=value`.
   """
-  flags = [f"--workdir={workdir}", *tiny.flags(**overrides)]
-  return mains("arflow_jax.train", *flags, before=before)
+  # The workdir last: there `faults` looks for files of a save.
+  flags = [*tiny.flags(**overrides), f"--workdir={workdir}"]
+  return mains("arflow_jax.train", *flags, before=before, devices=devices)
 
 
 # Sends a signal to process 1 alone, at a point of `faults`.

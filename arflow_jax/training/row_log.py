@@ -116,7 +116,7 @@ def read(workdir: str) -> dict[tuple[int, int], str]:
     launches.setdefault(_launch(path), []).append(path)
   history, ever = {}, {}
   for launch, files in sorted(launches.items()):
-    found, after = {}, 0
+    found, after = {}, None
     for path in files:
       for record in _records(path):
         if "after" in record:
@@ -132,6 +132,8 @@ def read(workdir: str) -> dict[tuple[int, int], str]:
               f" {launch} than before: {value}, was {ever[key]}"
             )
           found[key] = value
+    if after is None:  # killed as it began
+      continue
     history = {key: value for key, value in history.items() if key[0] <= after}
     history |= found
   return history

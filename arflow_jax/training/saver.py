@@ -5,16 +5,21 @@ import contextlib
 import gc
 import time
 import warnings
+from collections.abc import Callable
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
+from arflow_jax import paths
 from arflow_jax.parallel import processes
 from arflow_jax.training import checkpoint, echoes, listing, room
 from arflow_jax.training.state import TrainState
 
-_keep = ocp.training.preservation_policies
+_REMOVED = ".orbax-checkpoint-tmp-removed"  # which Orbax takes for a leftover
+_POLL = 0.2  # seconds after which processes ask whether a save has failed
+_PATIENCE = 5.0  # seconds for the others where one has failed
 
 
 class Saver:
@@ -32,20 +37,15 @@ class Saver:
 
   def __init__(self, workdir: str, config: ConfigDict, state: TrainState):
     self._workdir, self._config = workdir, config
-    policies = [_keep.LatestN(config.checkpoint.keep)]
-    if config.checkpoint.keep_every:
-      policies.append(_keep.EveryNSteps(config.checkpoint.keep_every))
-    self._policy = _keep.AnyPreservationPolicy(policies)
     self._last = time.monotonic()  # when a save began
     self._pending = None  # the save that is being written
     self._failures, self._failed_once = 0, False
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     room.announce(self._bytes, workdir, config)
     checkpoint.contents(state, config, {})
-    try:
-      self._writer = self._open()
-    except OSError:  # the first save tells
-      self._writer = None
+    self._clean = False  # whether what failed saves have left is removed
+    with contextlib.suppress(OSError):  # the first save tells
+      self._open()
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._quiet = contextlib.ExitStack()
     self._quiet.enter_context(echoes.dropped())
@@ -145,28 +145,49 @@ class Saver:
     items, about = checkpoint.contents(state, self._config, window)
     self._step, self._last = step, time.monotonic()
     try:
-      self._writer = self._writer or self._open()
-      written = self._writer.save_checkpointables_async(
-        step,
-        items,
-        force=True,  # or Orbax skips a save while the one before is written
-        custom_metadata=about,
+      if not self._clean:
+        self._open()
+      # Not by Orbax's manager, which hides the failure of a process that has
+      # failed alone until the others have waited for it in vain.
+      path = listing.folder(self._workdir) / str(step)
+      written = ocp.save_checkpointables_async(
+        path, items, custom_metadata=about
       ).result
     except Exception as error:
-      written = _raiser(error)
-    self._pending = self._thread.submit(written)
+      self._pending = concurrent.futures.Future()
+      self._pending.set_exception(error)
+      return
+    self._pending = self._thread.submit(self._complete, written)
 
-  def _open(self) -> ocp.training.Checkpointer:
-    return ocp.training.Checkpointer(
-      listing.folder(self._workdir, make=True),
-      preservation_policy=self._policy,
-      cleanup_tmp_directories=True,
-    )
+  def _complete(self, written: Callable[[], None]) -> None:
+    """Waits until a save is on disk; then one process removes old ones."""
+    written()
+    if not processes.speaks():
+      return
+    kept, steps = self._config.checkpoint, listing.steps(self._workdir)
+    for step in steps[: -kept.keep]:
+      if not (kept.keep_every and step % kept.keep_every == 0):
+        self._remove(listing.folder(self._workdir) / str(step))
+
+  def _remove(self, path: epath.Path) -> None:
+    if paths.is_local(path):  # a kill must leave nothing that looks whole
+      path = path.rename(path.with_name(f"{path.name}{_REMOVED}"))
+    path.rmtree()
+
+  def _open(self) -> None:
+    """Removes what killed processes and failed saves have left."""
+    folder = listing.folder(self._workdir, make=True)
+    ocp.training.Checkpointer(folder, cleanup_tmp_directories=True).close()
+    self._clean = True
 
   def _discard(self) -> None:
-    with contextlib.suppress(Exception):  # what is known already
-      self._writer.close()
-    self._writer = None
+    pending, self._pending = self._pending, None
+    if pending is not None and not pending.done():
+      # Its thread waits for a process that will not come.
+      self._thread.shutdown(wait=False)
+      self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self._clean = False
+    del pending
     with warnings.catch_warnings():
       # Orbax leaves coroutines that a failure kept from running.
       warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
@@ -185,17 +206,19 @@ class Saver:
     """Waits for the save before: a text where it failed in any process."""
     if self._pending is None:
       return ""
-    concurrent.futures.wait([self._pending])
-    error, self._pending = self._pending.exception(), None
-    (failed,) = processes.agree(error is not None)
+    failed, error = self._outcome()
     if not failed:
+      self._pending = None
       self._failures = 0
       self._tidy()
       return ""
     self._failed_once = True
-    why = listing.reason(error) if error else "another process says why"
+    whose = processes.gather(listing.reason(error) if error else None)
+    number, why = next((n, text) for n, text in enumerate(whose) if text)
+    if None in whose:
+      why = f"process {number}: {why}"
     del error  # it holds on to what the failed save has left
-    self._discard()  # the next one begins anew, and removes what is left
+    self._discard()  # the next one removes what is left
     if self._step in listing.agreed_steps(self._workdir):
       processes.say(f"step {self._step} is saved, tidying up failed ({why})")
       self._failures = 0
@@ -204,9 +227,19 @@ class Saver:
     space = room.left(self._bytes, self._workdir)
     return f"step {self._step} could not be saved ({why}; {space})"
 
+  def _outcome(self) -> tuple[bool, Exception | None]:
+    """Waits for the last save: whether it failed anywhere, and its error here.
 
-def _raiser(error):
-  def fail():
-    raise error
-
-  return fail
+    Where one process has failed, Orbax lets the others wait for it for 20
+    minutes; they are given some seconds to write what they can.
+    """
+    patience = _POLL if processes.count() > 1 else None
+    while True:
+      concurrent.futures.wait([self._pending], patience)
+      done = self._pending.done()
+      error = self._pending.exception() if done else None
+      failed, busy = processes.agree(error is not None, not done)
+      if not busy or (failed and patience == _PATIENCE):
+        return failed, error
+      if failed:
+        patience = _PATIENCE

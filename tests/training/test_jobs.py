@@ -1,13 +1,17 @@
 """Trainers of one job: all stop after the same step, or end soon."""
 
+import json
 import signal
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from arflow_jax.errors import STOPPED
 from arflow_jax.training import listing
 from tests.job import STRUCK, trainers
+from tests.tiny import stored_state, tiny_config
 
 # What happens to process 1 alone, in its fourth step.
 SIGNAL = STRUCK.format(point="in a step", number="SIGTERM")
@@ -118,3 +122,47 @@ def test_a_lost_trainer_ends_the_other(number, lost, tmp_path):
     other.communicate(timeout=60)
     assert time.monotonic() - begun < 30
     assert other.returncode == -signal.SIGABRT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("family", "point", "number"),
+  [("arflow", "in a step", "SIGTERM"), ("flowar", "in a save", "SIGKILL")],
+)
+def test_two_that_go_on_end_as_two_that_nobody_stopped(
+  family, point, number, tmp_path
+):
+  """Bit for bit, on the same mesh by as many processes."""
+  settings = {
+    "family": family,
+    "batch_size": 8,
+    "steps": 12,
+    "log__every": 1,
+    "mesh__fsdp": 2,
+  }
+  struck = STRUCK.format(point=point, number=number)
+  wanted = {
+    "SIGTERM": [STOPPED] * 2,
+    "SIGKILL": [-signal.SIGABRT, -signal.SIGKILL],
+  }
+  for name, before, codes in (
+    ("whole", "", [0, 0]),
+    ("broken", struck, wanted[number]),
+    ("broken", "", [0, 0]),
+  ):
+    with trainers(tmp_path / name, before, devices=2, **settings) as both:
+      ended, said = _ended(both)
+    assert ended == codes, said
+  assert "resuming" in said[0][0]
+  whole, broken = tmp_path / "whole", tmp_path / "broken"
+  assert _losses(broken) == _losses(whole)
+  config = tiny_config(**settings | {"mesh__fsdp": 1})
+  states = [stored_state(config, run) for run in (whole, broken)]
+  assert int(states[0].step) == 12
+  jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def _losses(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  return [(record["step"], record["loss"]) for record in records]

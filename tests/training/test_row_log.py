@@ -47,6 +47,7 @@ def test_what_a_kill_has_lost_is_trained_again_alike(tmp_path):
   first = broken / "rows" / "0-1.jsonl"
   first.write_text(first.read_text() + '{"step": 4, "ro')
   assert loop.train(config, str(broken)) == 4
+  (broken / "rows" / "0-3.jsonl").write_text("")  # killed as it began
   assert row_log.read(str(broken)) == wanted
   second = _lines(broken / "rows" / "0-2.jsonl")
   assert second[0] == {"after": 2}

@@ -106,24 +106,24 @@ def test_a_failure_is_never_overlooked(saver, state, capsys):
 def test_the_last_save_is_tried_three_times(
   saver, state, tmp_path, capsys, monkeypatch
 ):
-  config = (
-    "orbax.checkpoint:v1.training.Checkpointer.save_checkpointables_async"
-  )
+  save = "orbax.checkpoint:v1.save_checkpointables_async"
   error = OSError(5, "Input/output error")
-  faults.fail(monkeypatch, config, error, calls=(1, 2))
+  faults.fail(monkeypatch, save, error, calls=(1, 2))
   saver.finish(4, state, {"steps": 1.0})
   assert listing.steps(str(tmp_path)) == [4]
   out = capsys.readouterr().out
   assert out.count("could not be saved (Input/output error;") == 2
-  faults.fail(monkeypatch, config, error, calls=None)
+  faults.fail(monkeypatch, save, error, calls=None)
   with pytest.raises(OSError, match=r"step 5 could not be saved .* is lost"):
     saver.finish(5, state, {})
 
 
-def test_leftovers_are_removed_at_the_start(state, tmp_path):
-  left = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp" / "state"
+@pytest.mark.parametrize("end", ["", "-removed"])
+def test_leftovers_are_removed_at_the_start(end, state, tmp_path):
+  left = tmp_path / "checkpoints" / f"7.orbax-checkpoint-tmp{end}" / "state"
   left.mkdir(parents=True)
   (left / "array").write_bytes(b"0" * 1000)
+  assert listing.steps(str(tmp_path)) == []
   with contextlib.closing(Saver(str(tmp_path), CONFIG, state)) as saver:
     saver.finish(8, state, {})
   assert _names(tmp_path) == ["8"]
