@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from arflow_jax import paths
-from arflow_jax.parallel import processes
+from arflow_jax.parallel import agreement, processes
 from arflow_jax.training import checkpoint, echoes, listing, room
 from arflow_jax.training.state import TrainState
 
@@ -44,7 +44,8 @@ class Saver:
     room.announce(self._bytes, workdir, config)
     checkpoint.contents(state, config, {})
     self._clean = False  # whether what failed saves have left is removed
-    with contextlib.suppress(OSError):  # the first save tells
+    # The first save tells.
+    with contextlib.suppress(OSError, agreement.Elsewhere):
       self._open()
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._quiet = contextlib.ExitStack()
@@ -175,10 +176,18 @@ class Saver:
     path.rmtree()
 
   def _open(self) -> None:
-    """Removes what killed processes and failed saves have left."""
-    folder = listing.folder(self._workdir, make=True)
-    ocp.training.Checkpointer(folder, cleanup_tmp_directories=True).close()
+    """Removes what killed processes and failed saves have left; all call it."""
+    agreement.together(lambda: self._sweep() if processes.speaks() else None)
     self._clean = True
+
+  def _sweep(self) -> None:
+    folder = listing.folder(self._workdir, make=True)
+    whole = set(map(str, listing.steps(self._workdir)))
+    for path in folder.iterdir():
+      # Where folders cannot be renamed an unfinished one has the final name.
+      unfinished = path.name.isdecimal() and path.name not in whole
+      if unfinished or "orbax-checkpoint-tmp" in path.name:
+        path.rmtree()
 
   def _discard(self) -> None:
     pending, self._pending = self._pending, None
@@ -193,15 +202,6 @@ class Saver:
       warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
       gc.collect()
 
-  def _tidy(self) -> None:
-    """Removes what threads of a failed save have written after it failed."""
-    if not (self._failed_once and processes.speaks()):
-      return
-    folder = listing.folder(self._workdir)
-    with contextlib.suppress(Exception):  # a bucket raises its own kinds
-      for left in folder.glob("*.orbax-checkpoint-tmp*"):
-        left.rmtree()
-
   def _wait(self) -> str:
     """Waits for the save before: a text where it failed in any process."""
     if self._pending is None:
@@ -210,7 +210,10 @@ class Saver:
     if not failed:
       self._pending = None
       self._failures = 0
-      self._tidy()
+      if self._failed_once and processes.speaks():
+        # Threads of the failed save may have written after it had failed.
+        with contextlib.suppress(Exception):  # a bucket raises its own kinds
+          self._sweep()
       return ""
     self._failed_once = True
     whose = processes.gather(listing.reason(error) if error else None)
