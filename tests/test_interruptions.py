@@ -81,6 +81,7 @@ def _interrupt_training(family, point, number, workdir):
   assert not [name for name in left if "tmp" in name or name.endswith(".part")]
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_save_ends_as_an_undisturbed_one(tmp_path):
   """The short form of the walk below."""
   _interrupt_training("arflow", "in a save", signal.SIGKILL, tmp_path)

@@ -1,6 +1,7 @@
 """What preflight prints: one table, at most 100 columns wide."""
 
 from collections.abc import Callable
+import textwrap
 from typing import Any
 
 from arflow_jax.analysis import estimates
@@ -95,7 +96,7 @@ def _head(found: dict[str, Any]) -> list[str]:
     seconds = found["compile_time"]
     lines.append(f"{did} in {seconds:.0f} s by {found['compiler']}")
   if found.get("form"):
-    lines.append(found["form"])
+    lines += textwrap.wrap(found["form"], 98, subsequent_indent="  ")
   return lines
 
 

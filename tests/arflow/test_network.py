@@ -286,6 +286,7 @@ def test_bad_shapes_are_refused_by_name(change, named):
     make(ModelConfig, dataclasses.asdict(GOLDEN) | change, "model", RULES)
 
 
+@pytest.mark.slow
 def test_digits_learn_alike_through_the_kernel():
   """The shipped digits config: loss and every gradient of a real batch."""
   found = {}

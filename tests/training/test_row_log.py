@@ -32,6 +32,7 @@ def _write(path, lines):
   path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
+@pytest.mark.slow
 def test_what_a_kill_has_lost_is_trained_again_alike(tmp_path):
   """The short form of the test of all devices below."""
   config = tiny_config(debug__rows=True)
