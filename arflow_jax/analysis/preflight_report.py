@@ -1,7 +1,7 @@
 """What preflight prints: one table, at most 100 columns wide."""
 
-from collections.abc import Callable
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from arflow_jax.analysis import estimates
