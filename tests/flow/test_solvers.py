@@ -27,7 +27,7 @@ SDE = {
   "last_step": "mean",
   "last_step_size": 0.04,
 }
-SHARES = [5, pytest.param(1, marks=pytest.mark.slow)]  # see `_some`
+SHARES = [10, pytest.param(1, marks=pytest.mark.slow)]  # see `_some`
 STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 
 

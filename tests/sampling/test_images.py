@@ -117,6 +117,7 @@ print({(leaf.is_fully_replicated, len(leaf.sharding.device_set))
 """
 
 
+@pytest.mark.slow
 def test_the_same_images_on_four_devices():
   done = subprocess.run(
     [sys.executable, "-c", ON_FOUR],

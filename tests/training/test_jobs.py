@@ -48,7 +48,7 @@ def _ended(both):
 @pytest.mark.parametrize(
   ("before", "after"),
   [
-    (SIGNAL, 5),
+    pytest.param(SIGNAL, 5, marks=pytest.mark.slow),
     pytest.param(NOTICE, None, marks=pytest.mark.slow),
     pytest.param(
       NO_DATA.format(count=5, error="OSError"), 5, marks=pytest.mark.slow
